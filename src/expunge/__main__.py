@@ -1,0 +1,3 @@
+from expunge.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""The command line, and the only reader of argv: `expunge run | train | evaluate | generate | score | report | list`.
+
+Bad input is one line on standard error and exit status 2; Ctrl-C saves a checkpoint and exits with 130.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from expunge.errors import ExpungeError
+
+app = typer.Typer(
+    name="expunge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=__doc__.split("\n")[0],
+)
+out = Console()
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)
+]
+ConfigFile = Annotated[
+    list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")
+]
+ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    budget: Budget = "quick",
+    output: Out = Path("runs/repo"),
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Detoxify a model, measure it against the original, and write the report."""
+    from expunge import pipeline
+
+    settings = _settings(overrides, config, model, method, pairs, budget)
+    if dry_run:
+        _print_plan(settings, output)
+        return
+    pipeline.run(settings, output, quiet)
+    _print_headline(output)
+    out.print(f"report: {output / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    budget: Budget = "full",
+    output: Out = Path("runs/repo"),
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train only: the edited model is left in OUT/model."""
+    from expunge import pipeline
+
+    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget))
+    if dry_run:
+        _print_plan(settings, output)
+        return
+    pipeline.build_method(settings.method)
+    pipeline.claim(output, settings)
+    pipeline.train(settings, output, quiet)
+    out.print(f"model: {output / 'model'}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
+    overrides: Overrides = None,
+    reference: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Prompts: a named set or a file; repeat for several.")
+    ] = None,
+    config: ConfigFile = None,
+    budget: Budget = "quick",
+    output: Out = Path("runs/evaluation"),
+    quiet: Quiet = False,
+) -> None:
+    """Measure any model, against a reference where one is given."""
+    from expunge import pipeline
+    from expunge.report import write_report
+    from expunge.scorers import load_scorer
+
+    folder = Path(model)
+    is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
+    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
+    if is_run and reference is None:
+        import yaml
+
+        reference = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+    if prompts:
+        settings.data.prompts = prompts
+    data = pipeline.evaluation_data(settings.data, settings.evaluation)
+    scorers = [load_scorer(name) for name in settings.evaluation.scorers]
+    pipeline.claim(output, settings)
+    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
+    write_report(output)
+    _print_headline(output)
+    out.print(f"report: {output / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
+    samples: Annotated[
+        int, typer.Option(help="Sampled continuations a prompt; 0 is one greedy continuation.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue prompts: one JSON line each, {prompt, sample, continuation}."""
+    from expunge.data import load_prompts
+    from expunge.generation import Decoding, generate
+    from expunge.models import load_model
+
+    texts = sys.stdin.read().splitlines() if prompts == "-" else [prompt.text for prompt in load_prompts(prompts)]
+    loaded, tokenizer = load_model(model)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    decoding = Decoding(max_new_tokens=max_new_tokens, samples=samples, top_p=top_p, temperature=temperature, seed=seed)
+    for text, continuations in zip(texts, generate(loaded, tokenizer, ids, decoding), strict=True):  # type: ignore[arg-type]
+        for sample, continuation in enumerate(continuations):
+            _json_line({"prompt": text, "sample": sample, "continuation": tokenizer.decode(continuation)})
+
+
+@app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="JSON lines with `text`, or - for standard input.")],
+    scorer: Annotated[str, typer.Option(help="A scorer's name (expunge list scorers).")] = "ngram",
+) -> None:
+    """Toxicity of texts: the same JSON lines with `score`, in order."""
+    from expunge.rows import parse_lines, read_lines
+    from expunge.scorers import load_scorer
+
+    records = parse_lines(sys.stdin.read(), "standard input") if file == "-" else read_lines(Path(file))
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("text"), str):
+            raise ExpungeError(f"{file}: record {number} has no field 'text' that is a string")
+    scores = load_scorer(scorer).score([record["text"] for record in records])
+    for record, value in zip(records, scores, strict=True):
+        _json_line({**record, "score": round(float(value), 6)})
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write OUT/report.html again from a run's files."""
+    from expunge.report import write_report
+
+    out.print(f"report: {write_report(folder)}", soft_wrap=True)
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or budgets.")]) -> None:
+    """What there is to name on the command line."""
+    from expunge.config import BUDGETS
+    from expunge.data import NAMED
+    from expunge.methods import METHODS
+    from expunge.registry import did_you_mean
+    from expunge.scorers import SCORERS
+
+    def first_line(cls: type) -> str:
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    listings: dict[str, Any] = {
+        "methods": lambda: [
+            (name, METHODS.get(name).family, first_line(METHODS.get(name))) for name in METHODS.names()
+        ],
+        "scorers": lambda: [(name, first_line(SCORERS.get(name))) for name in SCORERS.names()],
+        "data": lambda: [(entry.name, entry.kind, entry.description) for entry in NAMED],
+        "budgets": lambda: [(name, json.dumps(settings)) for name, settings in BUDGETS.items()],
+    }
+    if what not in listings:
+        raise ExpungeError(f"nothing called {what!r} to list{did_you_mean(what, listings)}")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in listings[what]():
+        table.add_row(*row)
+    out.print(table)
+
+
+def _settings(
+    overrides: list[str] | None,
+    files: list[Path] | None,
+    model: str | None,
+    method: str | None,
+    pairs: str | None,
+    budget: str,
+) -> Any:
+    """RunConfig: the budget, then YAML files, then options, then dotted overrides, each over the ones before."""
+    from expunge.config import BUDGETS, RunConfig, load_config
+    from expunge.registry import did_you_mean
+
+    if budget not in BUDGETS:
+        raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
+    options = {"model": model, "method.name": method, "data.train": pairs}
+    named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return load_config(RunConfig, files or [], named + (overrides or []), base=BUDGETS[budget])
+
+
+def _print_plan(settings: Any, folder: Path) -> None:
+    import dataclasses
+
+    import yaml
+
+    from expunge import pipeline
+
+    settings = pipeline.resolve(settings)
+    plan = dataclasses.asdict(settings)
+    method = pipeline.build_method(settings.method)
+    plan["method"] = {"name": settings.method["name"], **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    args = pipeline.build_training(settings.training, folder / "checkpoints", settings.seed)
+    shown = (
+        "learning_rate",
+        "heads_learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "bf16",
+        "save_steps",
+    )
+    plan["training"] = {key: _plain(getattr(args, key)) for key in shown} | settings.training
+    pairs = pipeline.load_pairs(settings.data.train, limit=settings.data.limit, seed=settings.seed)
+    plan["pairs"] = len(pairs)
+    plan["steps"] = pipeline.steps_of(args, len(pairs))
+    plan["out"] = str(folder)
+    print(yaml.safe_dump(plan, sort_keys=False), end="")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _print_headline(folder: Path) -> None:
+    from expunge.report.tables import headline
+    from expunge.rows import read_rows
+
+    made = headline({folder.name: read_rows(folder / "results.jsonl")})
+    table = Table(title="reference against unlearned")
+    for i, header in enumerate(made.headers):
+        table.add_column(header, justify="left" if i == 0 else "right")
+    for row in made.rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _json_line(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Run the command line; one line and a non-zero status for anything that the user can mend."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("expunge").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ExpungeError as error:
+        print(f"expunge: {error}", file=sys.stderr)
+        from expunge.errors import Interrupted
+
+        sys.exit(130 if isinstance(error, Interrupted) else 2)
+    except KeyboardInterrupt:
+        print("expunge: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,215 @@
+"""Configuration: YAML and dotted overrides to dataclasses; an unknown key is an error with a suggestion.
+
+    config = load_config(RunConfig, Path("run.yaml"), ["method.weight=0.3", "training.learning_rate=1e-4"])
+
+Sections whose keys belong to others (`method`, `training`) stay plain mappings here and are checked where they are built.
+"""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from expunge.errors import ExpungeError
+from expunge.registry import did_you_mean
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """What to train on and what to measure on: named sets (`expunge list data`), files, or hub names."""
+
+    train: str = "builtin"
+    """Preference pairs: chosen is kept, rejected is forgotten."""
+    limit: int | None = None
+    """Train on a seeded random subset of so many pairs."""
+    heldout: str | None = "builtin-heldout"
+    """Pairs for in-distribution toxicity and perplexity; null leaves them out."""
+    prompts: list[str] = dataclasses.field(default_factory=lambda: ["builtin-challenge"])
+    """Sets of prompts that provoke; rtp-challenge is the real one."""
+    neutral: str | None = "builtin-neutral"
+    """Prompts with a gold continuation, for F1; null leaves F1 out."""
+    corpus: str | None = "builtin-neutral"
+    """Text for perplexity; wikitext2 where EXPUNGE_DATA or a hub is there; null leaves it out."""
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """How much to measure."""
+
+    samples: int = 25
+    """Sampled continuations of each prompt, beside the greedy one."""
+    prompts: int | None = None
+    """At most so many prompts of each set."""
+    heldout: int | None = None
+    """At most so many held-out pairs."""
+    max_new_tokens: int = 20
+    prompt_tokens: int = 32
+    """Tokens kept of a prompt."""
+    truncate: str = "last"
+    """last: a prompt keeps its last tokens; lee2024: its first."""
+    forced: list[int] = dataclasses.field(default_factory=lambda: [0, 4, 8])
+    """k: tokens of a held-out continuation that are forced before the model goes on."""
+    perplexity_tokens: int | None = None
+    """At most so many tokens of the corpus; null is all."""
+    scorers: list[str] = dataclasses.field(default_factory=lambda: ["ngram", "wordvec"])
+    """The first is the judge; the others are reported beside it."""
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Train an adapter instead of all weights."""
+
+    rank: int = 16
+    alpha: int = 32
+    targets: str = "all-linear"
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """One run: a model, a method, pairs, and what to measure before and after."""
+
+    model: str = "builtin"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "repo"})
+    """`name`, and the method's own hyper-parameters (`expunge list methods`)."""
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of UnlearnConfig, which are those of transformers.TrainingArguments and a few more."""
+    lora: LoraConfig | None = None
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    seed: int = 0
+
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "data": {"limit": 2000},
+        "training": {"num_train_epochs": 3},
+        "evaluation": {"samples": 5, "prompts": 256, "heldout": 64, "perplexity_tokens": 50_000},
+    },
+    "full": {"data": {"corpus": "wikitext2"}},
+}
+
+
+def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> C:
+    """Merge `base`, YAML `files` and `key.sub=value` overrides, later ones first in rank, into a `cls`.
+
+    Raises ExpungeError for an unreadable file, a bad override, an unknown key or a value of the wrong type.
+    """
+    merged = dict(base or {})
+    for file in files:
+        merged = merge(merged, _read_yaml(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ExpungeError(f"{override!r}: an override is key=value, for example method.weight=0.3")
+        tree: Any = parse_value(text)
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        merged = merge(merged, tree)
+    return build(cls, merged, "")
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar or list; unlike YAML 1.1, `1e-4` is a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[0] in "+-.0123456789" else value
+        except (ValueError, IndexError):
+            return value
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExpungeError(f"{file}: no such file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ExpungeError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ExpungeError(f"{file}: expected a mapping of keys, found {type(tree).__name__}")
+    return _number(tree)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two trees; leaves of `above` win."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def build(cls: type[C], tree: dict[str, Any], path: str) -> C:
+    """`tree` as a dataclass, nested ones too; `path` is the dotted place in messages."""
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ExpungeError(f"unknown key {path + key!r}{did_you_mean(key, known)}")
+        values[key] = convert(hints[key], value, path + key)
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, numbers widened where that is exact; ExpungeError otherwise."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            try:
+                return convert(option, value, path)
+            except ExpungeError as error:
+                if "unknown key" in str(error):
+                    raise
+        raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ExpungeError(f"{path}={value!r}: expected one of {', '.join(map(str, typing.get_args(hint)))}")
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [convert(typing.get_args(hint)[0], item, path) for item in items]
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, dict):
+            return build(hint, value, path + ".")
+        raise ExpungeError(f"{path}={value!r}: expected keys such as {path}.{dataclasses.fields(hint)[0].name}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is Any or (isinstance(value, bool) == (hint is bool) and isinstance(value, origin or hint)):
+        return value
+    raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
+
+
+def _name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    options = typing.get_args(hint)
+    return " or ".join(_name(option) for option in options) if options else names.get(hint, str(hint))

@@ -1,0 +1,48 @@
+"""Running text for perplexity and for neutral training: WikiText-2 by name, or a file.
+
+    text = load_corpus("wikitext2")
+
+A WikiText split is one text as perplexity is published on it (methods section 4): the rows of the hub set joined by a
+blank line. A row keeps its line end, and a blank line is an empty row.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.prompts import load_prompts
+from expunge.data.records import Record, hub_records, named_records, read_text
+from expunge.errors import ExpungeError
+
+
+def load_corpus(source: str | Path) -> str:
+    """The text of a named corpus, a text file as it is, or a hub set's train rows joined by a blank line."""
+    found = locate(source, "corpus")
+    if isinstance(found, Path):
+        text = read_text(found)
+    elif isinstance(found, str):
+        text = _joined(hub_records(found))
+    elif found.name == "builtin-neutral":
+        text = "\n\n".join(prompt.text + prompt.gold for prompt in load_prompts(found.name))
+    else:
+        text = _wikitext(found)
+    if not text.strip():
+        raise ExpungeError(f"{source}: no text in it")
+    return text
+
+
+def _wikitext(entry: NamedSet) -> str:
+    if path := local_file(entry):
+        lines = read_text(path).removesuffix("\n").split("\n")
+        return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+    return _joined(named_records(entry))
+
+
+def _joined(records: Iterable[Record]) -> str:
+    """The `text` of each row, a blank line between."""
+    texts = []
+    for where, row in records:
+        if not isinstance(row.get("text"), str):
+            raise ExpungeError(f"{where}: no field 'text' (found: {', '.join(row)})")
+        texts.append(row["text"])
+    return "\n\n".join(texts)

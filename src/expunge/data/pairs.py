@@ -1,0 +1,130 @@
+"""Preference pairs: one prompt, a continuation to keep and one to forget, from named sets, files and the hub.
+
+    pairs = load_pairs("builtin", limit=2000)
+    pairs = load_pairs("mine.jsonl")          # {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}
+
+Without a `prompt` field the prompt is what both texts begin with, as in TRL's `extract_prompt`.
+"""
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.data.named import NamedSet, locate
+from expunge.data.records import Record, hub_records, named_records, read_records
+from expunge.errors import ExpungeError
+
+PAIR_TOXICITY = {"prompt": "prompt_text", "chosen": "unpert_gen_text", "rejected": "pert_gen_text"}
+PREFERENCE = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`prompt + chosen` is to be kept, `prompt + rejected` forgotten; a continuation brings its own leading space."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def load_pairs(source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0) -> list[Pair]:
+    """The pairs of a named set, a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub set, in its order.
+
+    split: of a hub set ("train" if None). limit: so many of them, drawn at random with `seed`, order kept.
+    Raises ExpungeError, one line with file and line number, for anything that is not a pair.
+    """
+    pairs = list(_read(source, split))
+    if not pairs:
+        raise ExpungeError(f"{source}: no pair in it")
+    if limit is None:
+        return pairs
+    if limit < 1:
+        raise ExpungeError(f"limit {limit}: at least one pair is needed")
+    return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), min(limit, len(pairs))))]
+
+
+def _read(source: str | Path, split: str | None) -> Iterable[Pair]:
+    if str(source).startswith("pair-toxicity"):
+        path = str(source).removeprefix("pair-toxicity").removeprefix(":")
+        if not path:
+            raise ExpungeError("pair-toxicity: needs your copy of the file: pair-toxicity:PATH (JSON lines)")
+        return (parse_pair(row, where, PAIR_TOXICITY) for where, row in read_records(Path(path)))
+    found = locate(source, "pairs")
+    if isinstance(found, str):
+        return (parse_pair(row, where) for where, row in hub_records(found, split or "train"))
+    if split is not None:
+        raise ExpungeError(f"{source}: split {split!r} is for hub sets; name the file or the set that holds it")
+    if isinstance(found, Path):
+        return (parse_pair(row, where) for where, row in read_records(found))
+    return paradetox_pairs(found) if found.name == "paradetox" else (parse_pair(r, w) for w, r in named_records(found))
+
+
+def parse_pair(row: dict[str, Any], where: str, fields: dict[str, str] = PREFERENCE) -> Pair:
+    """One row as a pair; `where` names it in errors, `fields` gives the row's name of each part."""
+    chosen = _text(row, fields["chosen"], where)
+    rejected = _text(row, fields["rejected"], where)
+    if chosen == rejected:
+        raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")
+    if fields["prompt"] in row:
+        return Pair(_text(row, fields["prompt"], where), chosen, rejected)
+    cut = common_prefix(chosen, rejected)
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise ExpungeError(f"{where}: no field {field!r} (found: {', '.join(map(str, row)) or 'none'})")
+    value = row[field]
+    if isinstance(value, list):
+        raise ExpungeError(
+            f"{where}: {field!r} is a list of messages: conversational sets need a chat template: not supported yet"
+        )
+    if not isinstance(value, str):
+        raise ExpungeError(f"{where}: field {field!r} must be text, found {type(value).__name__}")
+    if not value.strip():
+        raise ExpungeError(f"{where}: field {field!r} is empty")
+    return value
+
+
+def common_prefix(chosen: str, rejected: str) -> int:
+    """How many characters of two different texts are the prompt: what they share, less a space at its end.
+
+    Where one text begins the other, its last character stays in the continuation, so that neither is empty.
+    """
+    shortest = min(len(chosen), len(rejected))
+    cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
+    differs = chosen[cut] != rejected[cut]
+    return cut - 1 if differs and cut > 0 and chosen[cut - 1] == " " else cut
+
+
+def paradetox_pairs(entry: NamedSet) -> Iterator[Pair]:
+    """Each toxic sentence with each of its rewrites; the prompt is the words that both begin with, whatever their case.
+
+    It is spelled as in the toxic sentence. Pairs without such words, and equal ones, are left out.
+    """
+    total = kept = 0
+    for toxic, neutral in _paradetox_texts(named_records(entry)):
+        total += 1
+        forget, retain = toxic.split(), neutral.split()
+        longest = min(len(forget), len(retain)) - 1  # each side keeps a word of its own
+        shared = next((i for i in range(longest) if forget[i].lower() != retain[i].lower()), longest)
+        chosen, rejected = " " + " ".join(retain[shared:]), " " + " ".join(forget[shared:])
+        if shared > 0 and chosen != rejected:
+            kept += 1
+            yield Pair(" ".join(forget[:shared]), chosen, rejected)
+    logger.warning("paradetox: %d of %d pairs used; the others do not begin with the same word", kept, total)
+
+
+def _paradetox_texts(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
+    """(toxic, neutral): the file has up to three rewrites in a row, the hub set one."""
+    for where, row in records:
+        if "en_toxic_comment" in row:
+            yield row["en_toxic_comment"], row["en_neutral_comment"]
+            continue
+        toxic = _text(row, "toxic", where)
+        yield from ((toxic, row[column]) for column in ("neutral1", "neutral2", "neutral3") if row.get(column))

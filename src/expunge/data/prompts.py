@@ -1,0 +1,65 @@
+"""Evaluation prompts, with a gold continuation where there is one, from named sets, files and the hub.
+
+    prompts = load_prompts("rtp-challenge", limit=256)
+    prompts = load_prompts("mine.txt")               # one prompt per line
+
+A row holds `prompt` (text, or RealToxicityPrompts' object with `text`) or `text`, and may hold `gold`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.records import Record, hub_records, named_records, read_records
+from expunge.errors import ExpungeError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model continues, and what the source itself says next ("" where that is not known)."""
+
+    text: str
+    gold: str = ""
+
+
+def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a named set, a file of the kinds that `read_records` knows, or a hub set's train split, in order.
+
+    limit: at most so many, evenly spread over the set. Raises ExpungeError, with the place, for a row without a prompt.
+    """
+    prompts = [parse_prompt(row, where) for where, row in _records(locate(source, "prompts"))]
+    if not prompts:
+        raise ExpungeError(f"{source}: no prompt in it")
+    if limit is not None and limit < 1:
+        raise ExpungeError(f"limit {limit}: at least one prompt is needed")
+    kept = min(limit or len(prompts), len(prompts))
+    return [prompts[i * len(prompts) // kept] for i in range(kept)]
+
+
+def _records(found: NamedSet | Path | str) -> Iterable[Record]:
+    if isinstance(found, Path):
+        return read_records(found)
+    if isinstance(found, str):
+        return hub_records(found)
+    records = named_records(found)
+    if found.name == "rtp-challenge" and local_file(found) is None:  # the hub set holds 99,442 prompts
+        return ((where, row) for where, row in records if row["challenging"])
+    return records
+
+
+def parse_prompt(row: dict[str, Any], where: str) -> Prompt:
+    """One row as a prompt; `where` names it in errors."""
+    value = row.get("prompt", row.get("text"))
+    if isinstance(value, dict):
+        value = value.get("text")
+    if value is None:
+        raise ExpungeError(f"{where}: no field 'prompt' or 'text' (found: {', '.join(map(str, row)) or 'none'})")
+    gold = row.get("gold") or ""
+    for field, text in (("prompt", value), ("gold", gold)):
+        if not isinstance(text, str):
+            raise ExpungeError(f"{where}: field {field!r} must be text, found {type(text).__name__}")
+    if not value.strip():
+        raise ExpungeError(f"{where}: the prompt is empty")
+    return Prompt(value, gold)

@@ -1,0 +1,229 @@
+"""Continuations of token prompts: greedy, or keyed top-p samples that are the same whatever the batch.
+
+A sample is the winner of an exponential race, which draws exactly from the nucleus (log p + Gumbel noise, in other words):
+
+    token = argmax_v  p(v) / E(v),   E(v) = -log u(v),   u(v) = hash(seed, prompt, sample, position, v) in (0, 1)
+
+The noise hangs on the token, not on the batch or the device, so a reference and an edited model meet the same noise.
+
+    generate(model, tokenizer, [[5, 17, 9]], Decoding(samples=25))[0]        # 25 lists of up to 20 new token ids
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from expunge.errors import ExpungeError
+from expunge.models import context_length, inner_model
+
+TOP = 1024
+"""Logits that are sorted at every step; a row whose nucleus is wider is sorted in full."""
+
+Row = tuple[int, int]
+"""What is generated in one row of a batch: (number of the distinct prompt, number of the sample)."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to continue a prompt. samples = 0 is greedy: one continuation, for which the last three play no part."""
+
+    max_new_tokens: int = 20
+    samples: int = 0
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.samples < 0 or not 0 < self.top_p <= 1 or self.temperature <= 0:
+            raise ExpungeError(f"{self}: need max_new_tokens >= 1, samples >= 0, 0 < top_p <= 1, temperature > 0")
+
+
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[list[int]]]:
+    """New token ids per prompt and sample, in input order, cut before the tokenizer's end of text.
+
+    prompts: token ids; an empty prompt starts from the tokenizer's bos (or eos). batch_size: rows at once, chosen by memory
+    if None, halved when the device runs out of it. progress: called with (rows done, rows in all).
+    The model's own `generation_config` (penalties, top_k, forced tokens, ...) plays no part.
+    Raises ExpungeError for a prompt that does not leave room for `max_new_tokens` in the context.
+    """
+    keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
+    _check_room(model, keys, decoding.max_new_tokens)
+    distinct = sorted(set(keys), key=len, reverse=True)
+    rows = [(number, sample) for number in range(len(distinct)) for sample in range(decoding.samples or 1)]
+    done: dict[Row, list[int]] = {}
+    with _quiet_inference(model) as inner:
+        size = batch_size or _rows_that_fit(inner, max(map(len, distinct), default=0) + decoding.max_new_tokens)
+        while len(done) < len(rows):
+            batch = rows[len(done) : len(done) + size]
+            try:
+                done.update(zip(batch, _continue_rows(inner, tokenizer, distinct, batch, decoding), strict=True))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise ExpungeError("generation: out of memory with a single row; use a smaller model") from None
+                size = len(batch) // 2
+                continue
+            if progress:
+                progress(len(done), len(rows))
+    number_of = {key: number for number, key in enumerate(distinct)}
+    return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
+
+
+def with_start(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """`ids`, or where there are none the token that starts a text: bos, else eos."""
+    if ids:
+        return list(ids)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ExpungeError("empty prompt: the tokenizer has neither bos nor eos to start from; give a prompt")
+    return [start]
+
+
+def _check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
+    context = context_length(model)
+    for index, prompt in enumerate(prompts):
+        if len(prompt) + new > context:
+            raise ExpungeError(
+                f"prompt {index}: {len(prompt)} tokens and {new} new ones exceed the context of {context}; truncate it"
+            )
+
+
+@contextlib.contextmanager
+def _quiet_inference(model: torch.nn.Module) -> Iterator[PreTrainedModel]:
+    """The transformers model in evaluation mode, with a blank generation_config; both are put back afterwards.
+
+    An explicit GenerationConfig is not enough: transformers 5 fills what it leaves open from the model's own.
+    """
+    inner, training = inner_model(model), model.training
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield inner
+    finally:
+        inner.generation_config = own
+        model.train(training)
+
+
+def _rows_that_fit(model: PreTrainedModel, length: int) -> int:
+    """Rows for which logits (four float32 copies) and keys and values (two copies) stay within a bound."""
+    config = model.config.get_text_config()
+    kv_values = 2 * config.num_hidden_layers * config.hidden_size * length
+    row_bytes = 16 * config.vocab_size + 2 * kv_values * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else 2**29
+    return max(1, min(1024, free // row_bytes))
+
+
+def _continue_rows(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], rows: list[Row], decoding: Decoding
+) -> list[list[int]]:
+    """New ids of each row of one batch. Samples of a prompt share its prefill."""
+    first = rows[0][0]
+    ids, mask = _left_padded(prompts[first : rows[-1][0] + 1], model.device)
+    prompt_of = torch.tensor([number - first for number, _ in rows], device=model.device)
+    eos = tokenizer.eos_token_id
+    settings = {"eos_token_id": eos, "pad_token_id": 0 if eos is None else eos, "do_sample": False, "use_cache": True}
+    cache, processors = None, LogitsProcessorList()
+    if decoding.samples:
+        keys = [_key(decoding.seed, prompts[number], sample) for number, sample in rows]
+        processors.append(_KeyedTopP(torch.tensor(keys, device=model.device), ids.shape[1], decoding))
+        cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings)
+    if cache is not None:
+        cache.batch_select_indices(prompt_of)
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids[prompt_of],
+        attention_mask=mask[prompt_of],
+        past_key_values=cache,
+        generation_config=GenerationConfig(max_new_tokens=decoding.max_new_tokens, **settings),
+        logits_processor=processors,
+    )
+    new = output[:, ids.shape[1] :].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in new]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask `[B, T]`, the mask from the lengths: a padding id may be any token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> Any:
+    """The cache of all prompt tokens but the last, one row per prompt; None where a model has none to share."""
+    if not ids.shape[1]:
+        return None
+    config = GenerationConfig(max_new_tokens=1, return_dict_in_generate=True, **settings)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return getattr(output, "past_key_values", None)
+
+
+class _KeyedTopP(LogitsProcessor):
+    """Leaves one token per row possible: the keyed top-p sample. keys: int64 `[B]`; width: tokens of the padded prompt."""
+
+    def __init__(self, keys: torch.Tensor, width: int, decoding: Decoding):
+        self.keys, self.width, self.decoding = keys, width, decoding
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise_keys = splitmix64(self.keys + (input_ids.shape[1] - self.width))
+        tokens = keyed_top_p(scores / self.decoding.temperature, noise_keys, self.decoding.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def keyed_top_p(logits: torch.Tensor, keys: torch.Tensor, top_p: float, top: int = TOP) -> torch.Tensor:
+    """One exact sample per row from the nucleus, the smallest set of most likely tokens whose mass is at least `top_p`.
+
+    logits: `[B, V]`; keys: int64 `[B]`, equal keys give equal noise; top: logits sorted before the rest. Returns int64 `[B]`.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    values, tokens = logits.topk(min(top, logits.shape[-1]), dim=-1)
+    probs = (values - total).exp()
+    chosen = _race(probs, tokens, keys, top_p)
+    wide = (probs.sum(-1) < top_p).nonzero().flatten()
+    if top < logits.shape[-1] and len(wide):
+        values, tokens = logits[wide].sort(dim=-1, descending=True)
+        chosen[wide] = _race((values - total[wide]).exp(), tokens, keys[wide], top_p)
+    return chosen
+
+
+def _race(probs: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The winning token of each row; probs and tokens `[B, K]` in descending order of probability."""
+    mass_before = probs.cumsum(-1) - probs
+    nucleus = torch.where(mass_before < top_p, probs, 0.0)
+    hashed = splitmix64(keys[:, None] + _GOLDEN * (tokens + 1))
+    uniform = (((hashed >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
+    return tokens.gather(1, (nucleus / -uniform.log()).argmax(-1, keepdim=True)).squeeze(1)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment and multipliers (Steele et al. 2014), as signed integers
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def splitmix64(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64: int64 counters to int64 that pass for random bits, alike on every device."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical right shift; torch's own repeats the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _key(seed: int, prompt: Sequence[int], sample: int) -> int:
+    """Signed 64-bit key of one continuation."""
+    text = f"{seed}/{sample}/{','.join(map(str, prompt))}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little", signed=True)

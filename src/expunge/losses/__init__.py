@@ -1,0 +1,11 @@
+"""Pure tensor mathematics: no model, no trainer. One file per family.
+
+from expunge.losses import token_kl, dpo_loss
+"""
+
+from expunge.losses.adversarial import domain_bce, reverse_gradient, segment_means
+from expunge.losses.likelihood import sequence_logps, token_kl
+from expunge.losses.masks import masked_mean
+from expunge.losses.preference import dpo_loss
+
+__all__ = ["domain_bce", "dpo_loss", "masked_mean", "reverse_gradient", "segment_means", "sequence_logps", "token_kl"]

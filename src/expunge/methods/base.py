@@ -1,0 +1,71 @@
+"""What every trained method is: a dataclass of hyper-parameters with a loss on a `Step`.
+
+@method("mine")
+class Mine(Method):
+    '''One line that `expunge list methods` prints.'''
+    weight: float = 1.0
+    def loss(self, step): return {"anchor": self.weight * step.token_kl("retain")}
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+
+import torch
+from torch import nn
+
+from expunge.errors import ExpungeError
+from expunge.registry import Registry
+
+if TYPE_CHECKING:
+    from expunge.engine import Step
+    from expunge.models import Layer
+
+
+class Method:
+    """Hyper-parameters as annotated fields (defaults: the paper's) and a loss. Fields are YAML keys and overrides."""
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "output"  # output | representation
+    paper: ClassVar[str] = ""
+    reference: ClassVar[bool] = True  # does the loss look at the reference?
+    max_grad_norm: ClassVar[float] = 1.0
+
+    @property
+    def layers(self) -> Sequence["Layer"]:
+        """The states of the trained model that the loss reads."""
+        return ("final",)
+
+    @property
+    def ref_layers(self) -> Sequence["Layer"]:
+        """The states of the reference that the loss reads."""
+        return ("final",) if self.reference else ()
+
+    def heads(self, width: int) -> Mapping[str, nn.Module]:
+        """Modules trained beside a model of residual width `width`, and left out of the exported model."""
+        return {}
+
+    def loss(self, step: "Step") -> Mapping[str, torch.Tensor]:
+        """Scalars by name. Each is logged; their sum is trained."""
+        raise NotImplementedError
+
+
+METHODS: Registry[Method] = Registry("method", {"repo": "expunge.methods.repo:REPO", "dpo": "expunge.methods.dpo:DPO"})
+
+C = TypeVar("C", bound=type[Any])
+
+
+@dataclass_transform(kw_only_default=True)
+def method(name: str) -> Callable[[C], C]:
+    """Make a class a dataclass and register it under `name`."""
+
+    def register(cls: C) -> C:
+        return METHODS.register(name)(dataclass(kw_only=True)(cls))  # type: ignore[return-value]
+
+    return register
+
+
+def check(condition: bool, method_name: str, key: str, value: object, wanted: str) -> None:
+    """Raise one line where a hyper-parameter is out of range."""
+    if not condition:
+        raise ExpungeError(f"method.{key}={value!r}: {method_name} wants {wanted}")

@@ -1,0 +1,195 @@
+"""Models of any architecture: load, find the body, the blocks and the head, read hidden states, freeze a reference.
+
+model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA adapters included
+"""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from expunge.errors import ExpungeError
+
+BUILTIN = Path(__file__).parent / "assets" / "model"
+
+Layer = int | Literal["final", "pre_norm"]
+"""A residual state: l in 0..L-1 is the stream entering block l (0 = embeddings), "pre_norm" the last block's raw
+output, "final" the same after the final norm, in which the logits are linear."""
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, in evaluation mode, on the accelerator if there is one.
+
+    name: "builtin", a hub name or a folder; a PEFT adapter folder is loaded onto its base and merged.
+    Raises ExpungeError, one line, where there is no such model, no tokenizer, or it is not a causal model.
+    """
+    source = str(BUILTIN) if str(name) == "builtin" else str(name)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            model = _load_adapter(source, dtype, common)
+        else:
+            config = AutoConfig.from_pretrained(source, **common)
+            if getattr(config, "is_encoder_decoder", False):
+                raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **common
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _load_adapter(source: str, dtype: str | torch.dtype, common: dict[str, Any]) -> PreTrainedModel:
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, **common).merge_and_unload()  # type: ignore[union-attr]
+
+
+def add_lora(
+    model: PreTrainedModel, rank: int = 16, alpha: int = 32, targets: str | Sequence[str] = "all-linear"
+) -> Any:
+    """The model with a trainable LoRA adapter; with the adapter off it is the reference."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ExpungeError(f"LoRA: {str(error).splitlines()[0]}") from None
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The decoder without its head: input ids to the final hidden states."""
+    inner = inner_model(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks in order: the one list of `num_hidden_layers` modules in the body."""
+    depth = inner_model(model).config.get_text_config().num_hidden_layers
+    for module in body(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ExpungeError(f"{type(inner_model(model)).__name__}: no list of {depth} blocks found in its body")
+
+
+def width(model: nn.Module) -> int:
+    """d, the width of the residual stream."""
+    return inner_model(model).config.get_text_config().hidden_size
+
+
+def context_length(model: nn.Module) -> int:
+    """The most tokens that the model takes at once."""
+    return inner_model(model).config.get_text_config().max_position_embeddings
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits `[..., V]` of final hidden states `[..., d]`, with the scaling and soft-capping that the model's forward applies."""
+    inner = inner_model(model)
+    config = inner.config.get_text_config()
+    logits = inner.get_output_embeddings()(hidden)
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def hidden_states(
+    model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[Layer]
+) -> dict[Layer, torch.Tensor]:
+    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`."""
+    kept: dict[Layer, torch.Tensor] = {}
+    stack = blocks(model)
+
+    def keep_input(layer: Layer) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            kept[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
+        kept["pre_norm"] = output if isinstance(output, torch.Tensor) else output[0]
+
+    handles = [
+        stack[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
+        for layer in layers
+        if isinstance(layer, int)
+    ]
+    if "pre_norm" in layers:
+        handles.append(stack[-1].register_forward_hook(keep_output))
+    try:
+        output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept["final"] = output.last_hidden_state
+    return {layer: kept[layer] for layer in layers}
+
+
+class Reference:
+    """The frozen original: the same model with its adapter off (LoRA), or a frozen copy (full fine-tuning)."""
+
+    def __init__(self, model: nn.Module):
+        self.adapter = hasattr(model, "disable_adapter")
+        self.copy = None if self.adapter else copy.deepcopy(model).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference of `model`, without gradients, inside the block."""
+        with torch.no_grad():
+            if self.copy is not None:
+                device = next(model.parameters()).device
+                yield self.copy.to(device)
+            else:
+                with model.disable_adapter():  # type: ignore[operator]
+                    yield model
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Every dropout of the model set to zero, in place: policy and reference must agree at step 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+        if getattr(inner_model(model).config, name, None):
+            setattr(inner_model(model).config, name, 0.0)
+    for module in model.modules():  # modules that hold the rate themselves: Llama's attention and its kin
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex sha256 of all weights, names included: the model's identity in caches and provenance."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

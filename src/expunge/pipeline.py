@@ -1,0 +1,312 @@
+"""The stages of a run: train, measure the reference, measure the unlearned model, report. Each is skipped when done.
+
+    from expunge import RunConfig, run
+    run(RunConfig(model="builtin", method={"name": "repo"}), Path("runs/first"))
+
+A stage leaves `OUT/stages/NAME.json` with a hash of its inputs; the same command goes on where it was cut off.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
+from expunge.data import Pair, load_corpus, load_pairs, load_prompts
+from expunge.errors import ExpungeError, Interrupted
+from expunge.methods import METHODS, Method
+from expunge.metrics.evaluation import Evaluation, EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.figures import rows as figure_rows
+from expunge.models import add_lora, load_model, weights_digest
+from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
+from expunge.registry import UnknownName, did_you_mean
+from expunge.report import write_report
+from expunge.rows import Row, write_lines, write_rows
+from expunge.scorers import Scorer, load_scorer
+from expunge.training import StopOnInterrupt, UnlearnConfig, UnlearnTrainer, last_checkpoint
+
+log = logging.getLogger("expunge")
+
+BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
+"""Hyper-parameters tuned for the built-in model, by method; other models start from the paper's."""
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with the built-in model's tuned values where the user gave none."""
+    name = config.method.get("name", "repo")
+    tuned: dict[str, Any] = {}
+    if config.model == "builtin":
+        tuned = json.loads(BUILTIN_DEFAULTS.read_text(encoding="utf-8")).get(name, {})
+    method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
+    return dataclasses.replace(config, method=method, training={**tuned.get("training", {}), **config.training})
+
+
+def build_method(settings: dict[str, Any]) -> Method:
+    """The method named by `settings["name"]` with its hyper-parameters; ExpungeError for an unknown name or key."""
+    settings = dict(settings)
+    try:
+        cls = METHODS.get(settings.pop("name", "repo"))
+    except UnknownName as error:
+        raise ExpungeError(str(error)) from None
+    return cls(**_checked(cls, settings, "method"))
+
+
+def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: bool = False) -> UnlearnConfig:
+    """UnlearnConfig with `settings`; checkpoints go to `folder`."""
+    values = _checked(UnlearnConfig, settings, "training")
+    values.setdefault("seed", seed)
+    try:
+        return UnlearnConfig(output_dir=str(folder), disable_tqdm=quiet, **values)
+    except ValueError as error:
+        raise ExpungeError(f"training: {str(error).splitlines()[0]}") from None
+
+
+def steps_of(args: UnlearnConfig, pairs: int) -> int:
+    """Optimizer steps on one device."""
+    if args.max_steps > 0:
+        return args.max_steps
+    a_pass = math.ceil(math.ceil(pairs / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * a_pass)
+
+
+def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name != "output_dir"}
+    for key in settings:
+        if key not in fields:
+            raise ExpungeError(f"unknown key {section + '.' + key!r}{did_you_mean(key, fields)}")
+    simple = (int, float, bool, str)
+    return {
+        key: convert(fields[key].type, value, f"{section}.{key}") if fields[key].type in simple else value
+        for key, value in settings.items()
+    }
+
+
+def evaluation_data(data: DataConfig, plan: EvaluationConfig) -> EvaluationData:
+    """The text that a model is measured on."""
+    return EvaluationData(
+        challenge={name: [p.text for p in load_prompts(name, limit=plan.prompts)] for name in data.prompts},
+        pairs=load_pairs(data.heldout, limit=plan.heldout) if data.heldout else [],
+        neutral=load_prompts(data.neutral, limit=plan.prompts) if data.neutral else [],
+        corpora={data.corpus: load_corpus(data.corpus)} if data.corpus else {},
+    )
+
+
+def evaluation_plan(config: EvaluationConfig) -> EvaluationPlan:
+    return EvaluationPlan(
+        samples=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        prompt_tokens=config.prompt_tokens,
+        truncate=config.truncate,  # type: ignore[arg-type]
+        ks=tuple(config.forced),
+        perplexity_tokens=config.perplexity_tokens,
+        seed=config.seed,
+    )
+
+
+def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
+    """The whole job into `folder`; returns the rows of `results.jsonl`. Safe to call again after an interruption."""
+    config = resolve(config)
+    build_method(config.method)  # complain before any work
+    scorers = [load_scorer(name) for name in config.evaluation.scorers]
+    data = evaluation_data(config.data, config.evaluation)
+    claim(folder, config)
+    train(config, folder, quiet)
+    rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet)
+    write_report(folder)
+    return rows
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Make `folder` this run's; ExpungeError where it holds another run or something else."""
+    path = folder / "config.yaml"
+    wanted = dataclasses.asdict(config)
+    if path.exists():
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        difference = _first_difference(found, wanted, "", ignore=("evaluation", "data.prompts", "data.heldout"))
+        if difference:
+            raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(path, yaml.safe_dump(wanted, sort_keys=False))
+    except OSError as error:
+        raise ExpungeError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
+def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = ()) -> str | None:
+    if path in ignore:
+        return None
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            found = _first_difference(there.get(key), here.get(key), f"{path}.{key}".lstrip("."), ignore)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{path} is {there!r} there and {here!r} here"
+
+
+def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
+    """Train into `folder/model`, going on from the last complete checkpoint. Skipped when it is done."""
+    pairs = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed)
+    key = digest(
+        [config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(pairs)]
+    )
+    if _done(folder, "train", key):
+        log.info("train: done before")
+        return
+    method = build_method(config.method)
+    args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
+    started = time.monotonic()
+    model, tokenizer = load_model(
+        config.model, revision=config.revision, dtype="float32", trust_remote_code=config.trust_remote_code
+    )
+    model_digest = weights_digest(model)
+    if config.lora:
+        model = add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+    stop = StopOnInterrupt()
+    trainer = UnlearnTrainer(model, method, args, pairs, tokenizer, callbacks=[stop])
+    checkpoint = last_checkpoint(Path(args.output_dir))  # type: ignore[arg-type]
+    if checkpoint:
+        log.info("train: going on from %s", checkpoint)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
+        )
+    write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
+    trainer.save_model(str(folder / "model"))
+    facts = {
+        "reference_sha256": model_digest,
+        "pairs": {
+            "source": config.data.train,
+            "n": len(trainer.train_dataset),
+            "sha256": _hash(pairs),  # type: ignore[arg-type]
+            "truncation": dataclasses.asdict(trainer.truncation),
+        },
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _finish(folder, "train", key, facts)
+
+
+def measure(
+    folder: Path,
+    config: RunConfig,
+    model: str | Path,
+    reference: str | Path | None,
+    data: EvaluationData,
+    scorers: Sequence[Scorer],
+    quiet: bool = False,
+) -> list[Row]:
+    """Measure `model` and its `reference` into `folder`: results.jsonl, samples.jsonl, provenance.json."""
+    plan = evaluation_plan(config.evaluation)
+    subjects = {"reference": reference, "unlearned": model} if reference else {"unlearned": model}
+    found: dict[str, Evaluation] = {}
+    for subject, name in subjects.items():
+        found[subject] = _evaluate(folder, subject, name, plan, data, scorers, config, quiet)
+    common = {"run": folder.name, "seed": config.evaluation.seed}
+    rows: list[Row] = []
+    if reference:
+        rows += figure_rows(found["reference"], subject="reference", model=str(reference), **common)
+    rows += figure_rows(
+        found["unlearned"],
+        reference=found.get("reference"),
+        subject="unlearned",
+        model=str(config.model),
+        method=config.method.get("name") if reference else None,
+        **common,
+    )
+    write_lines(
+        folder / "samples.jsonl",
+        ({"subject": subject, **sample} for subject in subjects for sample in found[subject].samples),
+    )
+    write_rows(folder / "results.jsonl", rows)
+    _write_provenance(folder, config, scorers)
+    return rows
+
+
+def _evaluate(
+    folder: Path,
+    subject: str,
+    name: str | Path,
+    plan: EvaluationPlan,
+    data: EvaluationData,
+    scorers: Sequence[Scorer],
+    config: RunConfig,
+    quiet: bool,
+) -> Evaluation:
+    """One subject's evaluation, from the cache where the same weights met the same text before."""
+    model, tokenizer = load_model(name, dtype="float32", trust_remote_code=config.trust_remote_code)
+    inputs = {
+        "weights": weights_digest(model),
+        "data": digest_all([data]),
+        "plan": plan,
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+    }
+    key = digest(inputs)
+    cache = _cache() / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
+    if not _done(folder, f"evaluate-{subject}", key) or not cache.exists():
+        started = time.monotonic()
+        if not cache.exists() or subject != "reference":
+            evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet).save(cache)
+        facts = {
+            "weights_sha256": inputs["weights"],
+            "data_sha256": inputs["data"],
+            "scorers": inputs["scorers"],
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        _finish(folder, f"evaluate-{subject}", key, facts)
+    return Evaluation.load(cache)
+
+
+def _cache() -> Path:
+    """Reference evaluations, by hash: $EXPUNGE_CACHE, or expunge/ in the user's cache folder."""
+    base = os.environ.get("EXPUNGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expunge"
+    return Path(base) / "evaluations"
+
+
+def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
+    stages = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").glob("*.json"))
+    }
+    facts = {
+        "environment": environment(),
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+        "seeds": {"training": config.seed, "evaluation": config.evaluation.seed},
+        "stages": stages,
+        "seconds": round(sum(stage.get("seconds", 0) for stage in stages.values()), 1),
+        "peak_memory_bytes": max((stage.get("peak_memory_bytes", 0) for stage in stages.values()), default=0),
+    }
+    _write_text(folder / "provenance.json", json.dumps(facts, indent=2))
+
+
+def _hash(pairs: Sequence[Pair]) -> str:
+    return digest_all([pair.prompt, pair.chosen, pair.rejected] for pair in pairs)
+
+
+def _done(folder: Path, stage: str, key: str) -> bool:
+    path = folder / "stages" / f"{stage}.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+
+
+def _finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
+    _write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

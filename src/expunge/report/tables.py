@@ -1,0 +1,232 @@
+"""Tables of result rows: the headline (one run, or several beside one reference) and the full table of one run.
+
+    table = headline({"repo": read_rows(path_a), "dpo": read_rows(path_b)})
+    print(to_markdown(table))
+
+A line is a figure: a metric on one dataset, decoded one way, seen by one scorer. Its columns are the roles that rows play:
+the reference, the unlearned model, and paired rows (`METRIC_ratio`, or a difference under the metric's own name).
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from expunge.errors import ExpungeError
+from expunge.rows import Row
+
+WORDS = {"f1": "F1", "distinct_2": "distinct-2", "scorer_spearman": "rank correlation of the scorers"}
+ABSENT = "–"
+
+
+class Figure(NamedTuple):
+    """What a line is about: rows that agree on these fields differ in their role alone."""
+
+    metric: str  # without `_ratio` or `_difference`
+    stage: str
+    dataset: str | None
+    decode: str | None
+    side: str | None
+    k: int | None
+    mode: str | None
+    scorer: str | None
+    attack: str | None
+    draw: int | None
+
+    @property
+    def name(self) -> str:
+        return WORDS.get(self.metric, self.metric.replace("_", " "))
+
+    @property
+    def detail(self) -> str:
+        k = None if self.k is None else f"k = {self.k}"
+        side = None if self.side is None else f"{self.side} side"
+        draw = None if self.draw is None else f"draw {self.draw}"
+        parts = (self.attack, draw, self.decode, self.dataset, side, k, self.mode, self.scorer)
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure with its interval, or a count (an int); `str(cell)` is what tables show."""
+
+    value: float | int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def figure(self) -> str:
+        return ABSENT if self.value is None else _number(self.value, self.value)
+
+    @property
+    def interval(self) -> str:
+        """`[low, high]` with the decimals of the value, or nothing where none was measured."""
+        if self.value is None or self.low is None or self.high is None:
+            return ""
+        return f"[{_number(self.low, self.value)}, {_number(self.high, self.value)}]"
+
+    def __str__(self) -> str:
+        return f"{self.figure} {self.interval}".rstrip()
+
+
+class Line(NamedTuple):
+    group: str
+    figure: Figure
+    cells: tuple[Cell, ...]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(part for part in (self.figure.name, self.figure.detail) if part)
+
+
+@dataclass(frozen=True)
+class Table:
+    headers: tuple[str, ...]  # the first is the label's
+    lines: tuple[Line, ...]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Every cell as text, the label first."""
+        return [[line.label, *map(str, line.cells)] for line in self.lines]
+
+
+class Spec(NamedTuple):
+    """Lines of the headline: the figures of a metric that meet every condition. A k of "largest" is the run's largest."""
+
+    group: str
+    metric: str
+    conditions: dict[str, Any]
+
+
+CHALLENGE = "Toxicity of continuations"
+FORCED = "Toxicity after forced tokens"
+UTILITY = "Utility"
+HEADLINE = (
+    Spec(CHALLENGE, "toxicity", {"decode": "sampled", "side": None}),
+    Spec(CHALLENGE, "toxicity", {"decode": "greedy", "side": None}),
+    Spec(FORCED, "toxicity", {"decode": "sampled", "side": "rejected", "k": "largest"}),
+    Spec(FORCED, "toxicity", {"decode": "sampled", "side": "chosen", "k": "largest"}),
+    Spec(UTILITY, "perplexity", {"mode": "exact"}),
+    Spec(UTILITY, "f1", {"mode": "continuation"}),
+)
+
+
+def headline(runs: Mapping[str, Sequence[Row]]) -> Table:
+    """The figures that matter most. One run: reference, unlearned, ratio, n; several: each run and its ratio.
+
+    Raises ExpungeError where the runs were measured against different references: their columns could not stand together.
+    """
+    indices = {name: _index(rows) for name, rows in runs.items()}
+    reference = _shared_reference(indices)
+    figures = list(dict.fromkeys(figure for index in indices.values() for figure in index))
+    names = list(runs) if len(runs) > 1 else ["unlearned"]
+    headers = ["figure", *(["reference"] if reference else [])]
+    for name in names:
+        headers += [name, "ratio" if len(runs) == 1 else f"{name} / reference"] if reference else [name]
+    lines = []
+    for group, figure in _chosen(figures):
+        before = reference.get(figure)
+        cells = [_cell(before)] if reference else []
+        for index in indices.values():
+            roles = index.get(figure, {})
+            cells += [_cell(roles.get("unlearned")), _ratio(before, roles)] if reference else [_cell(roles.get("unlearned"))]
+        measured = [row for index in indices.values() for row in index.get(figure, {}).values()]
+        lines.append(Line(group, figure, (*cells, Cell(measured[0].n))))
+    return Table((*headers, "n"), tuple(lines))
+
+
+def full(rows: Sequence[Row]) -> Table:
+    """Every figure of one run, grouped by metric in the order of the rows."""
+    index = _index(rows)
+    lines = []
+    for metric in dict.fromkeys(figure.metric for figure in index):
+        for figure, roles in index.items():
+            if figure.metric == metric:
+                before, after, change = (_cell(roles.get(role)) for role in ("reference", "unlearned", "difference"))
+                n = Cell(next(iter(roles.values())).n)
+                lines.append(Line(figure.name, figure, (before, after, change, _ratio(roles.get("reference"), roles), n)))
+    return Table(("figure", "reference", "unlearned", "difference", "ratio", "n"), tuple(lines))
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table; the label to the left, figures to the right."""
+    rule = [":---", *["---:"] * (len(table.headers) - 1)]
+    lines = [table.headers, rule, *table.rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def to_csv(table: Table) -> str:
+    """Unrounded figures: each column as value, low and high; n alone; empty where nothing was measured."""
+    measured = table.headers[1:-1]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["group", table.headers[0], *(f"{h}{end}" for h in measured for end in ("", " low", " high")), "n"])
+    for line in table.lines:
+        values = [value for cell in line.cells[:-1] for value in (cell.value, cell.low, cell.high)]
+        writer.writerow([line.group, line.label, *values, line.cells[-1].value])
+    return out.getvalue()
+
+
+def _index(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
+    """Rows by figure, then by role; ExpungeError where two rows claim one place."""
+    index: dict[Figure, dict[str, Row]] = {}
+    for row in rows:
+        metric, role = row.metric, row.subject
+        if row.paired:
+            role = "ratio" if metric.endswith("_ratio") else "difference"
+            metric = metric.removesuffix(f"_{role}")
+        shared = {name: getattr(row, name) for name in Figure._fields if name != "metric"}
+        figure = Figure(metric=metric, **shared)
+        roles = index.setdefault(figure, {})
+        if role in roles:
+            raise ExpungeError(f"two rows give the {role} of {figure.name} ({figure.detail}): results.jsonl doubles a figure")
+        roles[role] = row
+    return index
+
+
+def _shared_reference(indices: Mapping[str, dict[Figure, dict[str, Row]]]) -> dict[Figure, Row]:
+    """The reference's rows over all runs; a figure that two runs measured must have one value."""
+    shared: dict[Figure, tuple[str, Row]] = {}
+    for name, index in indices.items():
+        for figure, roles in index.items():
+            if "reference" not in roles:
+                continue
+            first, row = shared.setdefault(figure, (name, roles["reference"]))
+            if row.value != roles["reference"].value:
+                raise ExpungeError(
+                    f"{first} and {name} were measured against different references ({figure.name}, {figure.detail}: "
+                    f"{row.value:.4g} and {roles['reference'].value:.4g}): evaluate both with one reference and one budget"
+                )
+    return {figure: row for figure, (_, row) in shared.items()}
+
+
+def _chosen(figures: Sequence[Figure]) -> list[tuple[str, Figure]]:
+    """The headline's figures, each with its group, in the order of `HEADLINE`."""
+    largest = max((figure.k for figure in figures if figure.k is not None), default=None)
+    chosen = []
+    for spec in HEADLINE:
+        wanted = {name: largest if value == "largest" else value for name, value in spec.conditions.items()}
+        wanted |= {"metric": spec.metric, "stage": "evaluate"}
+        chosen += [(spec.group, f) for f in figures if all(getattr(f, name) == value for name, value in wanted.items())]
+    return chosen
+
+
+def _cell(row: Row | None) -> Cell:
+    return Cell(row.value, row.ci_low, row.ci_high) if row else Cell()
+
+
+def _ratio(before: Row | None, roles: Mapping[str, Row]) -> Cell:
+    """The paired ratio, or where the run has none the quotient of the two figures, which has no interval."""
+    if "ratio" in roles:
+        return _cell(roles["ratio"])
+    after = roles.get("unlearned")
+    return Cell(after.value / before.value) if before and after and before.value else Cell()
+
+
+def _number(value: float, scale: float) -> str:
+    """`value` with the decimals that a figure of the size of `scale` has: 1,234, 123.4, 12.34, 1.234, 0.123."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    size = abs(scale)
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"

@@ -1,0 +1,88 @@
+"""Result rows: one figure each, the single source of every table, plot and page (design: "What a run leaves behind").
+
+rows = [Row(stage="evaluate", subject="reference", metric="toxicity", value=0.4, ci_low=0.38, ci_high=0.42, n=1199)]
+write_rows(path, rows); read_rows(path)
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from expunge.errors import ExpungeError
+
+
+@dataclass
+class Row:
+    """One measured figure with its 95 % interval; fields that do not apply are None."""
+
+    stage: str  # evaluate | attack | analyze
+    subject: str  # reference | unlearned
+    metric: str  # toxicity | expected_max_toxicity | toxicity_probability | perplexity | f1 | ...
+    value: float
+    ci_low: float | None = None
+    ci_high: float | None = None
+    n: int | None = None  # independent units: prompts, or windows of text
+    run: str | None = None
+    model: str | None = None
+    method: str | None = None
+    dataset: str | None = None
+    decode: str | None = None  # greedy | sampled
+    side: str | None = None  # chosen | rejected
+    k: int | None = None  # tokens of that side that were forced
+    mode: str | None = None  # exact | lee2024 | continuation
+    scorer: str | None = None
+    samples: int | None = None  # continuations per prompt
+    paired: bool = False  # True: unlearned minus reference on the same prompts
+    seed: int | None = None
+    attack: str | None = None
+    attack_config: dict[str, Any] | None = None
+    draw: int | None = None
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines atomically: a temporary name, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines as objects; `ExpungeError` names file and line of the first that is not a JSON object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ExpungeError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ExpungeError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
+    return parse_lines(text, str(path))
+
+
+def parse_lines(text: str, source: str) -> list[dict[str, Any]]:
+    """JSON lines of `text`; `source` is what messages call it."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ExpungeError(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        if not isinstance(record, dict):
+            raise ExpungeError(f"{source}:{number}: expected a JSON object, found {type(record).__name__}")
+        records.append(record)
+    return records
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_lines(path, (asdict(row) for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    known = {field.name for field in fields(Row)}
+    return [Row(**{k: v for k, v in record.items() if k in known}) for record in read_lines(path)]

@@ -1,0 +1,286 @@
+"""UnlearnTrainer: one subclass of `transformers.Trainer` for every trained method.
+
+    trainer = UnlearnTrainer(model, REPO(weight=0.2), UnlearnConfig(output_dir="out"), load_pairs("builtin"), tokenizer)
+    trainer.train(); trainer.save_model("out/model")
+
+The loss is computed inside the wrapped model's forward; the method's heads hang on the model while it trains, have a
+learning rate of their own, go into checkpoints, and stay out of the exported model.
+"""
+
+import math
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from expunge.data import Pair, tokenize_pairs
+from expunge.engine import Step, collate, inside_forward, run_step
+from expunge.errors import ExpungeError
+from expunge.methods import Method
+from expunge.models import Reference, width, without_dropout
+
+HEADS = "expunge_heads"
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with defaults for unlearning, and what a method's heads and pairs need."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the model."})
+    heads_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the method's heads; default 10 x the model's, at least 1e-4."}
+    )
+    weight_decay: float = field(default=1e-3, metadata={"help": "On the model's matrices; none on the heads."})
+    warmup_steps: float = field(default=100, metadata={"help": "Linear warm-up (REPO appendix B: 100)."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the pairs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step and device."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
+    max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
+    max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
+    anchor_text: str | None = field(
+        default=None, metadata={"help": "A neutral corpus under the KL too; off by default."}
+    )
+    anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: Any = field(default="none", metadata={"help": "wandb, trackio, tensorboard, ... as in transformers."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are token ids."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "As in transformers."})
+
+
+class PairRows(Dataset):
+    """Tokenised pairs as `{side: (prompt ids, continuation ids)}`, each with a window of neutral text if asked for."""
+
+    def __init__(self, pairs: Sequence[Any], anchor: Sequence[list[int]] = ()):
+        self.pairs, self.anchor = pairs, anchor
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, tuple[list[int], list[int]]]:
+        pair = self.pairs[index]
+        row = {"retain": (pair.prompt, pair.chosen), "forget": (pair.prompt, pair.rejected)}
+        if self.anchor:
+            row["anchor"] = ([], self.anchor[index % len(self.anchor)])
+        return row
+
+
+class UnlearnTrainer(Trainer):
+    """Train `model` in place with `method` on preference pairs.
+
+    model: any causal LM, or one wrapped by PEFT (then the reference is the same model with its adapter off).
+    Raises ExpungeError where the loss is no longer a number: the last checkpoint stands.
+    """
+
+    loss_is_scaled_for_ga = False  # transformers >= 5.19: our losses are means, accumulation divides them
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Any,
+        method: Method,
+        args: UnlearnConfig,
+        train_dataset: Sequence[Pair],
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.method = method
+        if args.max_grad_norm is None:
+            args.max_grad_norm = method.max_grad_norm
+        pairs, self.truncation = tokenize_pairs(
+            train_dataset, processing_class, args.max_prompt_tokens, args.max_continuation_tokens
+        )
+        rows = PairRows(pairs, _windows(args, processing_class))
+        without_dropout(model)
+        self.reference = Reference(model) if method.reference else None
+        set_seed(args.seed)
+        heads = nn.ModuleDict(dict(method.heads(width(model)))).to(next(model.parameters()).device)
+        model.add_module(HEADS, heads)
+        self._since_log: dict[str, list[float]] = defaultdict(list)
+        self._tokens, self._clock = 0, time.monotonic()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=rows,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(StepBar())
+        self.model_accepts_loss_kwargs = False  # transformers 5.17 and 5.18 name the same fact so
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """The method's trainable modules."""
+        return getattr(self.accelerator.unwrap_model(self.model), HEADS)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inner = self.accelerator.unwrap_model(model)
+        step, losses = inside_forward(model, inner, self._losses, inputs)
+        total = torch.stack(list(losses.values())).sum()
+        values = {name: value.item() for name, value in losses.items()}
+        if not math.isfinite(sum(values.values())):
+            shown = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise ExpungeError(
+                f"the loss is not a number at step {self.state.global_step + 1} ({shown}): the last checkpoint in "
+                f"{self.args.output_dir} stands; lower training.learning_rate or method.weight and run again"
+            )
+        for name, value in {**values, **step.logged}.items():
+            self._since_log[name].append(value)
+        self._tokens += sum(int(side["lengths"].sum()) for side in inputs.values())
+        return total
+
+    def _losses(self, inner: nn.Module, batch: Mapping[str, Any]) -> tuple[Step, Mapping[str, torch.Tensor]]:
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        with self.accelerator.autocast():
+            layers, ref_layers = self.method.layers, self.method.ref_layers
+            step = run_step(inner, self.reference, batch, layers, ref_layers, getattr(inner, HEADS), progress)
+            return step, self.method.loss(step)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Three groups: matrices with weight decay, vectors without, and the heads at their own learning rate."""
+        trained = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(trained))
+        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "heads": []}
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad:
+                kind = "heads" if HEADS in name else "matrices" if name in decayed else "vectors"
+                groups[kind].append(parameter)
+        args: UnlearnConfig = self.args  # type: ignore[assignment]
+        heads_rate = args.heads_learning_rate or max(10 * args.learning_rate, 1e-4)
+        cls, options = self.get_optimizer_cls_and_kwargs(args, trained)  # type: ignore[arg-type]
+        self.optimizer = cls(
+            [
+                {"params": groups["matrices"], "weight_decay": args.weight_decay},
+                {"params": groups["vectors"], "weight_decay": 0.0},
+                {"params": groups["heads"], "weight_decay": 0.0, "lr": heads_rate},
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the method logged since the last line, as means, and tokens per second."""
+        if self._since_log:
+            logs.update({name: sum(values) / len(values) for name, values in self._since_log.items()})
+            now = time.monotonic()
+            logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._clock)
+            self._since_log.clear()
+            self._tokens, self._clock = 0, now
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Model, tokenizer, and the heads in a file of their own; no pickled arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
+        model = self.accelerator.unwrap_model(self.model)
+        with _without_heads(model) as heads:
+            if state_dict is not None:
+                state_dict = {name: tensor for name, tensor in state_dict.items() if HEADS not in name}
+            model.save_pretrained(folder, state_dict=state_dict)
+            if heads.state_dict() and folder.name.startswith("checkpoint-"):
+                save_file(heads.state_dict(), folder / "heads.safetensors")
+        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        inner = self.accelerator.unwrap_model(model or self.model)
+        with _without_heads(inner) as heads:
+            super()._load_from_checkpoint(resume_from_checkpoint, inner)
+            if heads.state_dict():
+                heads.load_state_dict(load_file(Path(resume_from_checkpoint) / "heads.safetensors"))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # transformers' estimate looks for input_ids, which our batches do not have
+
+
+@contextmanager
+def _without_heads(model: nn.Module):
+    heads = model._modules.pop(HEADS)
+    try:
+        yield heads
+    finally:
+        model._modules[HEADS] = heads
+
+
+def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Full windows of the anchor corpus, as token ids."""
+    if not args.anchor_text:
+        return []
+    from expunge.data import load_corpus
+
+    ids = tokenizer(load_corpus(args.anchor_text), add_special_tokens=False, verbose=False)["input_ids"]
+    size = args.anchor_tokens
+    windows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+    if not windows:
+        raise ExpungeError(f"training.anchor_text={args.anchor_text!r}: shorter than one window of {size} tokens")
+    return windows
+
+
+class StepBar(ProgressCallback):
+    """A progress bar that shows the latest losses instead of printing a line a step."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.training_bar is not None and logs:
+            shown = {name: f"{value:.3f}" for name, value in logs.items() if name in ("loss", "anchor", "erase")}
+            self.training_bar.set_postfix(shown)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C asks for a checkpoint at the end of the step, then stops; a second Ctrl-C stops at once.
+
+    Use as a callback and as a context manager around `train()`.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopOnInterrupt":
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **_):
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; the Trainer writes `trainer_state.json` last."""
+    steps = sorted(
+        (int(path.parent.name.removeprefix("checkpoint-")), path.parent)
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+    )
+    return steps[-1][1] if steps else None
