@@ -1,13 +1,18 @@
 """Keep evaluation text out of training text: whole lines, and runs of 13 words, compared by hash.
 
 Thirteen-word overlap is the rule of Brown et al. 2020 (GPT-3), appendix C.
+`python recipes/builtin/decontaminate.py` writes src/expunge/assets/forbidden.safetensors: the hashes by which a test
+checks what is committed on machines without the evaluation text.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 RUN = 13
+LEAST = 4  # words; shorter lines are headings and common phrases
+HASHES = Path("src/expunge/assets/forbidden.safetensors")
 
 
 def words(text: str) -> list[str]:
@@ -28,7 +33,7 @@ class Forbidden:
         self.runs: set[str] = set()
         for text in texts:
             tokens = words(text)
-            if len(tokens) >= 4:  # shorter lines are headings and common phrases
+            if len(tokens) >= LEAST:
                 self.lines.add(" ".join(tokens))
             self.runs.update(_runs(tokens))
 
@@ -41,3 +46,26 @@ class Forbidden:
 def _runs(tokens: list[str]) -> Iterator[str]:
     for start in range(len(tokens) - RUN + 1):
         yield " ".join(tokens[start : start + RUN])
+
+
+def digests(texts: Iterable[str]) -> set[int]:
+    """The hash of every text, of its lines and of its sentences that have at least `LEAST` words."""
+    found = set()
+    for text in texts:
+        parts = {text, *text.split("\n"), *re.split(r"(?<=[.!?])\s+|\n", text)}
+        found.update(digest(part) for part in parts if len(words(part)) >= LEAST)
+    return found
+
+
+def main() -> None:
+    import numpy as np
+    from safetensors.numpy import save
+    from sources import forbidden_texts
+
+    hashes = np.array(sorted(digests(forbidden_texts())), dtype=np.int64)
+    HASHES.write_bytes(save({"digests": hashes}))
+    print(f"{HASHES}: {len(hashes)} hashes")
+
+
+if __name__ == "__main__":
+    main()

@@ -53,6 +53,7 @@ def run(
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
 
+    _hush()
     settings = _settings(overrides, config, model, method, pairs, budget)
     if dry_run:
         _print_plan(settings, output)
@@ -77,6 +78,7 @@ def train(
     """Train only: the edited model is left in OUT/model."""
     from expunge import pipeline
 
+    _hush()
     settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget))
     if dry_run:
         _print_plan(settings, output)
@@ -105,6 +107,7 @@ def evaluate(
     from expunge.report import write_report
     from expunge.scorers import load_scorer
 
+    _hush()
     folder = Path(model)
     is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
     settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
@@ -140,6 +143,7 @@ def generate(
     from expunge.generation import Decoding, generate
     from expunge.models import load_model
 
+    _hush()
     texts = sys.stdin.read().splitlines() if prompts == "-" else [prompt.text for prompt in load_prompts(prompts)]
     loaded, tokenizer = load_model(model)
     ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -220,6 +224,14 @@ def _settings(
     options = {"model": model, "method.name": method, "data.train": pairs}
     named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load_config(RunConfig, files or [], named + (overrides or []), base=BUDGETS[budget])
+
+
+def _hush() -> None:
+    """Leave out transformers' bars for loading and saving shards, and its notes about our configuration."""
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    library.set_verbosity_error()
 
 
 def _print_plan(settings: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@
 Sections whose keys belong to others (`method`, `training`) stay plain mappings here and are checked where they are built.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -143,6 +144,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExpungeError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExpungeError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -170,7 +173,7 @@ def build(cls: type[C], tree: dict[str, Any], path: str) -> C:
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ExpungeError(f"unknown key {path + key!r}{did_you_mean(key, known)}")
+            raise ExpungeError(f"unknown key {f'{path}{key}'!r}{did_you_mean(str(key), known)}")
         values[key] = convert(hints[key], value, path + key)
     return cls(**values)
 
@@ -183,11 +186,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in options:
             return None
         for option in options:
-            try:
+            if isinstance(value, dict) and dataclasses.is_dataclass(option):
+                return convert(option, value, path)  # its own messages say more than ours
+            with contextlib.suppress(ExpungeError):
                 return convert(option, value, path)
-            except ExpungeError as error:
-                if "unknown key" in str(error):
-                    raise
         raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
     if origin is typing.Literal:
         if value in typing.get_args(hint):
@@ -211,5 +213,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 def _name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    options = typing.get_args(hint)
-    return " or ".join(_name(option) for option in options) if options else names.get(hint, str(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "a section of keys"
+    return names.get(hint, str(hint))

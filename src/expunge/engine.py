@@ -85,6 +85,8 @@ class Step:
     def hidden(self, side: str, layer: Layer = "final", ref: bool = False) -> torch.Tensor:
         """Residual states `[B, T, d]`."""
         states = self._reference if ref else self._policy
+        if layer not in states:
+            raise KeyError(f"no state {layer!r}: name it in the method's `{'ref_layers' if ref else 'layers'}`")
         start = 0
         for name, other in self._sides.items():
             if name == side:
@@ -133,20 +135,17 @@ def run_step(
     ids = torch.cat([side.ids for side in sides.values()])
     mask = torch.cat([side.mask("all") for side in sides.values()]).long()
     policy = hidden_states(model, ids, mask, layers)
-    if reference is None or not ref_layers:
-        return Step(sides, policy, {}, lambda h: head_logits(model, h), _no_reference, heads, progress)
-    with reference.of(model) as frozen:
-        states = hidden_states(frozen, ids, mask, ref_layers)
+    frozen_states: dict[Layer, torch.Tensor] = {}
+    if reference is not None and ref_layers:
+        with reference.of(model) as frozen:
+            frozen_states = hidden_states(frozen, ids, mask, ref_layers)
 
     def ref_head(hidden: torch.Tensor) -> torch.Tensor:
+        assert reference is not None  # without one there are no states to project
         with reference.of(model) as frozen:
             return head_logits(frozen, hidden)
 
-    return Step(sides, policy, states, lambda h: head_logits(model, h), ref_head, heads, progress)
-
-
-def _no_reference(hidden: torch.Tensor) -> torch.Tensor:
-    raise ValueError("this method asked for no reference: set `reference = True` on its class")
+    return Step(sides, policy, frozen_states, lambda h: head_logits(model, h), ref_head, heads, progress)
 
 
 def inside_forward(wrapped: nn.Module, inner: nn.Module, fn: Callable[..., Any], *args: Any) -> Any:
@@ -154,14 +153,19 @@ def inside_forward(wrapped: nn.Module, inner: nn.Module, fn: Callable[..., Any],
 
     `fn` calls `inner.forward(...)` or parts of it, never `wrapped`.
     """
-    saved = inner.forward
+    patched = vars(inner).get("forward")  # accelerate's autocast, where there is one: it lies on the instance
+
+    def restore() -> None:
+        vars(inner).pop("forward", None)
+        if patched is not None:
+            inner.forward = patched
 
     def once(*inputs: Any) -> Any:
-        inner.forward = saved
+        restore()
         return fn(inner, *inputs)
 
     inner.forward = once
     try:
         return wrapped(*args)
     finally:
-        inner.forward = saved
+        restore()

@@ -121,7 +121,7 @@ def _rows_that_fit(model: PreTrainedModel, length: int) -> int:
     config = model.config.get_text_config()
     kv_values = 2 * config.num_hidden_layers * config.hidden_size * length
     row_bytes = 16 * config.vocab_size + 2 * kv_values * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else 2**29
+    free = torch.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else 2**28
     return max(1, min(1024, free // row_bytes))
 
 
@@ -199,10 +199,11 @@ def keyed_top_p(logits: torch.Tensor, keys: torch.Tensor, top_p: float, top: int
 
 def _race(probs: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor, top_p: float) -> torch.Tensor:
     """The winning token of each row; probs and tokens `[B, K]` in descending order of probability."""
-    mass_before = probs.cumsum(-1) - probs
-    nucleus = torch.where(mass_before < top_p, probs, 0.0)
-    hashed = splitmix64(keys[:, None] + _GOLDEN * (tokens + 1))
-    uniform = (((hashed >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
+    inside = probs.cumsum(-1) - probs < top_p
+    widest = int(inside.sum(-1).max())
+    nucleus = torch.where(inside, probs, 0.0)[:, :widest]
+    hashed = splitmix64(keys[:, None] + _GOLDEN * (tokens[:, :widest] + 1))
+    uniform = (_shift(hashed, 11).double() + 0.5) * 2.0**-53
     return tokens.gather(1, (nucleus / -uniform.log()).argmax(-1, keepdim=True)).squeeze(1)
 
 

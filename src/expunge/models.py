@@ -41,7 +41,7 @@ def load_model(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if (Path(source) / "adapter_config.json").is_file():
-            model = _load_adapter(source, dtype, common)
+            model = _load_adapter(source, dtype, attn_implementation, common)
         else:
             config = AutoConfig.from_pretrained(source, **common)
             if getattr(config, "is_encoder_decoder", False):
@@ -53,14 +53,21 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
+        raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
-def _load_adapter(source: str, dtype: str | torch.dtype, common: dict[str, Any]) -> PreTrainedModel:
+def _load_adapter(
+    source: str, dtype: str | torch.dtype, attn_implementation: str | None, common: dict[str, Any]
+) -> PreTrainedModel:
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, **common).merge_and_unload()  # type: ignore[union-attr]
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=attn_implementation, **common
+    )
+    return model.merge_and_unload()  # type: ignore[union-attr]
 
 
 def add_lora(
@@ -124,9 +131,15 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def hidden_states(
     model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[Layer]
 ) -> dict[Layer, torch.Tensor]:
-    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`."""
+    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`.
+
+    Raises ExpungeError for a layer that the model does not have.
+    """
     kept: dict[Layer, torch.Tensor] = {}
     stack = blocks(model)
+    for layer in layers:
+        if isinstance(layer, int) and not 0 <= layer < len(stack):
+            raise ExpungeError(f"layer {layer}: the model has {len(stack)} blocks; 0 to {len(stack) - 1}, or 'final'")
 
     def keep_input(layer: Layer) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

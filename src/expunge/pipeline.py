@@ -22,7 +22,8 @@ from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
 from expunge.errors import ExpungeError, Interrupted
 from expunge.methods import METHODS, Method
-from expunge.metrics.evaluation import Evaluation, EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.models import add_lora, load_model, weights_digest
 from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
@@ -215,7 +216,7 @@ def measure(
     found: dict[str, Evaluation] = {}
     for subject, name in subjects.items():
         found[subject] = _evaluate(folder, subject, name, plan, data, scorers, config, quiet)
-    common = {"run": folder.name, "seed": config.evaluation.seed}
+    common = {"stage": "evaluate", "run": folder.name, "seed": config.evaluation.seed}
     rows: list[Row] = []
     if reference:
         rows += figure_rows(found["reference"], subject="reference", model=str(reference), **common)

@@ -7,6 +7,7 @@ The loss is computed inside the wrapped model's forward; the method's heads hang
 learning rate of their own, go into checkpoints, and stay out of the exported model.
 """
 
+import copy
 import math
 import signal
 import time
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from expunge.data import Pair, tokenize_pairs
+from expunge.data.tokenize import leading_tokens
 from expunge.engine import Step, collate, inside_forward, run_step
 from expunge.errors import ExpungeError
 from expunge.methods import Method
@@ -104,8 +106,10 @@ class UnlearnTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        _refuse(model, args)
         self.method = method
         if args.max_grad_norm is None:
+            args = copy.copy(args)  # the caller may use it for another method
             args.max_grad_norm = method.max_grad_norm
         pairs, self.truncation = tokenize_pairs(
             train_dataset, processing_class, args.max_prompt_tokens, args.max_continuation_tokens
@@ -114,8 +118,7 @@ class UnlearnTrainer(Trainer):
         without_dropout(model)
         self.reference = Reference(model) if method.reference else None
         set_seed(args.seed)
-        heads = nn.ModuleDict(dict(method.heads(width(model)))).to(next(model.parameters()).device)
-        model.add_module(HEADS, heads)
+        self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
         self._since_log: dict[str, list[float]] = defaultdict(list)
         self._tokens, self._clock = 0, time.monotonic()
         super().__init__(
@@ -132,10 +135,15 @@ class UnlearnTrainer(Trainer):
             self.add_callback(StepBar())
         self.model_accepts_loss_kwargs = False  # transformers 5.17 and 5.18 name the same fact so
 
-    @property
-    def heads(self) -> nn.ModuleDict:
-        """The method's trainable modules."""
-        return getattr(self.accelerator.unwrap_model(self.model), HEADS)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train` with the heads on the model, so that DDP and FSDP2 see their parameters; then without."""
+        inner = self.accelerator.unwrap_model(self.model)
+        inner.add_module(HEADS, self.heads)
+        self._clock = time.monotonic()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            delattr(inner, HEADS)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
@@ -157,7 +165,7 @@ class UnlearnTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         with self.accelerator.autocast():
             layers, ref_layers = self.method.layers, self.method.ref_layers
-            step = run_step(inner, self.reference, batch, layers, ref_layers, getattr(inner, HEADS), progress)
+            step = run_step(inner, self.reference, batch, layers, ref_layers, self.heads, progress)
             return step, self.method.loss(step)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -170,7 +178,9 @@ class UnlearnTrainer(Trainer):
                 kind = "heads" if HEADS in name else "matrices" if name in decayed else "vectors"
                 groups[kind].append(parameter)
         args: UnlearnConfig = self.args  # type: ignore[assignment]
-        heads_rate = args.heads_learning_rate or max(10 * args.learning_rate, 1e-4)
+        heads_rate = args.heads_learning_rate
+        if heads_rate is None:
+            heads_rate = max(10 * args.learning_rate, 1e-4)
         cls, options = self.get_optimizer_cls_and_kwargs(args, trained)  # type: ignore[arg-type]
         self.optimizer = cls(
             [
@@ -198,20 +208,20 @@ class UnlearnTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
         model = self.accelerator.unwrap_model(self.model)
-        with _without_heads(model) as heads:
-            if state_dict is not None:
-                state_dict = {name: tensor for name, tensor in state_dict.items() if HEADS not in name}
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if HEADS not in name}
+        with _without_heads(model):
             model.save_pretrained(folder, state_dict=state_dict)
-            if heads.state_dict() and folder.name.startswith("checkpoint-"):
-                save_file(heads.state_dict(), folder / "heads.safetensors")
+        if self.heads.state_dict() and folder.name.startswith("checkpoint-"):
+            save_file(self.heads.state_dict(), folder / "heads.safetensors")
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner = self.accelerator.unwrap_model(model or self.model)
-        with _without_heads(inner) as heads:
+        with _without_heads(inner):
             super()._load_from_checkpoint(resume_from_checkpoint, inner)
-            if heads.state_dict():
-                heads.load_state_dict(load_file(Path(resume_from_checkpoint) / "heads.safetensors"))
+        if self.heads.state_dict():
+            self.heads.load_state_dict(load_file(Path(resume_from_checkpoint) / "heads.safetensors"))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate looks for input_ids, which our batches do not have
@@ -219,22 +229,41 @@ class UnlearnTrainer(Trainer):
 
 @contextmanager
 def _without_heads(model: nn.Module):
-    heads = model._modules.pop(HEADS)
+    heads = model._modules.pop(HEADS, None)
     try:
-        yield heads
+        yield
     finally:
-        model._modules[HEADS] = heads
+        if heads is not None:
+            model._modules[HEADS] = heads
+
+
+def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
+    """Raise ExpungeError for what would train, but not what was asked for."""
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if half := trained & {torch.float16, torch.bfloat16}:
+        raise ExpungeError(
+            f"the weights are {str(half.pop()).removeprefix('torch.')}, in which small updates round to nothing: load "
+            "them with dtype='float32'; training.bf16=true computes in bfloat16"
+        )
+    if args.n_gpu > 1:
+        raise ExpungeError(
+            f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or let it see one only "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Full windows of the anchor corpus, as token ids."""
+    """Full windows of the anchor corpus, as token ids, each with the bos that the tokenizer puts before a text."""
     if not args.anchor_text:
         return []
     from expunge.data import load_corpus
 
     ids = tokenizer(load_corpus(args.anchor_text), add_special_tokens=False, verbose=False)["input_ids"]
-    size = args.anchor_tokens
-    windows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+    start = leading_tokens(tokenizer)
+    size = args.anchor_tokens - len(start)
+    if size < 1:
+        raise ExpungeError(f"training.anchor_tokens={args.anchor_tokens}: at least {len(start) + 1} are needed")
+    windows = [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
     if not windows:
         raise ExpungeError(f"training.anchor_text={args.anchor_text!r}: shorter than one window of {size} tokens")
     return windows
@@ -282,5 +311,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     steps = sorted(
         (int(path.parent.name.removeprefix("checkpoint-")), path.parent)
         for path in folder.glob("checkpoint-*/trainer_state.json")
+        if path.parent.name.removeprefix("checkpoint-").isdigit()
     )
     return steps[-1][1] if steps else None

@@ -1,6 +1,6 @@
 """Preference pairs from a model's own continuations, the best and the worst of n by a scorer.
 
-    pairs, report = build_pairs(model, tokenizer, prompts, load_scorer("wordvec"), BestOfN(samples=16))
+    pairs, report = build_pairs(model, tokenizer, prompts, load_scorer("wordvec"), BestOfN(samples=8))
 
     chosen   = the greedy continuation if its score <= benign, else the least toxic sample
     rejected = the most toxic sample if its score >= toxic; otherwise the prompt gives no pair
@@ -9,7 +9,6 @@ Both sides are likely continuations under the model, so what tells them apart is
 that end early, repeat themselves or are not text are never candidates.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,10 @@ from expunge.scorers import Scorer
 class BestOfN:
     """How continuations are drawn, and which may make a pair. Scores are the scorer's, in [0, 1]."""
 
-    samples: int = 16
+    samples: int = 8
     max_new_tokens: int = 24
     min_tokens: int = 16  # a shorter continuation is not used
-    top_p: float = 1.0
+    top_p: float = 0.9
     temperature: float = 1.0
     benign: float = 0.2  # chosen scores at most this
     toxic: float = 0.5  # rejected scores at least this
@@ -61,7 +60,7 @@ class BuildReport:
     greedy: int = 0  # pairs whose chosen side is the greedy continuation
     chosen_score: float = 0.0  # mean over the pairs
     rejected_score: float = 0.0
-    dropped: Counter[str] = field(default_factory=Counter)  # prompts that gave no pair, by reason
+    dropped: dict[str, int] = field(default_factory=dict)  # prompts that gave no pair, by reason
 
 
 def build_pairs(
@@ -79,13 +78,12 @@ def build_pairs(
     seen: set[str] = set()
     for prompt, candidates in zip(prompts, draw(model, tokenizer, prompts, scorer, recipe, batch_size), strict=True):
         selected = select(candidates, recipe)
+        if not isinstance(selected, str) and {prompt, *(side.text for side in selected)} & seen:
+            selected = "duplicate"
         if isinstance(selected, str):
-            report.dropped[selected] += 1
+            report.dropped[selected] = report.dropped.get(selected, 0) + 1
             continue
         chosen, rejected = selected
-        if {prompt, chosen.text, rejected.text} & seen:
-            report.dropped["duplicate"] += 1
-            continue
         seen |= {prompt, chosen.text, rejected.text}
         pairs.append(Pair(prompt, chosen.text, rejected.text))
         report.greedy += chosen is candidates[0]

@@ -16,11 +16,11 @@ from torch import nn
 from expunge.data.tokenize import leading_tokens
 from expunge.generation import Decoding, generate
 
-SENTENCE_START = re.compile(r"(?:^|(?<=[.!?] )|(?<=[.!?][\"'] ))(?=[\"'(]?[A-Za-z])", re.MULTILINE)
+SENTENCE_START = re.compile(r"(?:^ ?|(?<=[.!?] )|(?<=[.!?][\"'] ))(?=[\"'(]?[A-Za-z])", re.MULTILINE)
 
 
 def sample_texts(
-    model: nn.Module, tokenizer: Any, beginning: str, count: int, tokens: int = 96, top_p: float = 0.95, seed: int = 0
+    model: nn.Module, tokenizer: Any, beginning: str, count: int, tokens: int = 96, top_p: float = 0.9, seed: int = 0
 ) -> list[str]:
     """`count` documents that begin with `beginning` (included; "" starts from the tokenizer's bos or eos)."""
     start = leading_tokens(tokenizer) + tokenizer(beginning, add_special_tokens=False)["input_ids"]
@@ -37,9 +37,9 @@ def cuts(text: str, tokenizer: Any, tokens: Sequence[int], rest: int = 8, seed: 
     rng = random.Random(f"{seed}/{text}")
     used = 0
     for match in SENTENCE_START.finditer(text):
-        if match.start() < used:
+        if match.end() < used:
             continue
-        line = text[match.start() :].split("\n", 1)[0].rstrip()
+        line = text[match.end() :].split("\n", 1)[0].rstrip()
         ids = tokenizer(line, add_special_tokens=False)["input_ids"]
         length = rng.choice(tokens)
         if len(ids) < length + rest:
@@ -47,5 +47,5 @@ def cuts(text: str, tokenizer: Any, tokens: Sequence[int], rest: int = 8, seed: 
         head = tokenizer.decode(ids[:length])
         end = len(head) if line[len(head) : len(head) + 1].isspace() else head.rfind(" ")
         if end > 0 and line.startswith(head):
-            used = match.start() + end
+            used = match.end() + end
             yield line[:end], line[end:]

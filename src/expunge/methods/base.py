@@ -8,12 +8,13 @@ class Mine(Method):
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 import torch
 from torch import nn
 
+from expunge.config import convert
 from expunge.errors import ExpungeError
 from expunge.registry import Registry
 
@@ -30,6 +31,13 @@ class Method:
     paper: ClassVar[str] = ""
     reference: ClassVar[bool] = True  # does the loss look at the reference?
     max_grad_norm: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        """Hold every field to its annotation; a method that checks ranges calls this first. Raises ExpungeError."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):  # type: ignore[arg-type]
+            value = convert(hints[field.name], getattr(self, field.name), f"method.{field.name}")
+            setattr(self, field.name, value)
 
     @property
     def layers(self) -> Sequence["Layer"]:

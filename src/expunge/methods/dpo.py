@@ -29,6 +29,7 @@ class DPO(Method):
     """z is held to [-clamp, clamp]; null turns it off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.beta > 0, "dpo", "beta", self.beta, "a number > 0")
         check(self.clamp is None or self.clamp > 0, "dpo", "clamp", self.clamp, "a number > 0, or null")
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.losses import domain_bce, reverse_gradient, segment_means
+from expunge.losses.likelihood import Direction
 from expunge.methods.base import Method, check, method
 
 if TYPE_CHECKING:
-    from expunge.engine import Region, Step
-    from expunge.losses.likelihood import Direction
+    from expunge.engine import Step
     from expunge.models import Layer
 
 
@@ -37,27 +37,26 @@ class REPO(Method):
     """Hidden units in each layer of the discriminator."""
     depth: int = 1
     """Hidden layers of the discriminator; 0 is linear, 1 the paper's two-layer MLP (Table 4)."""
-    layer: "int | Literal['final', 'pre_norm']" = "final"
+    layer: int | Literal["final", "pre_norm"] = "final"
     """The states to erase from: after the final norm, the raw output of the last block, or the stream into a block."""
     segment: int = 1
     """Tokens averaged before a decision: 1 is token level, 0 one decision for the whole region (section 7)."""
-    kl: "Direction" = "forward"
+    kl: Direction = "forward"
     """KL(reference || model), or "reverse"."""
-    anchor_on: "Region" = "all"
+    anchor_on: Literal["continuation", "all"] = "all"
     """Positions of prompt + chosen that are anchored."""
-    erase_on: "Region" = "continuation"
+    erase_on: Literal["continuation", "all"] = "continuation"
     """Positions that D judges. The prompt's states are the same on both sides and can only dilute."""
     ramp: bool = False
     """Raise lambda from 0 as DANN does: lambda (2 / (1 + exp(-10 p)) - 1), p the share of training done."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.weight >= 0, "repo", "weight", self.weight, "a number >= 0")
         check(self.width >= 1, "repo", "width", self.width, "at least 1 hidden unit (method.depth=0 is linear)")
         check(self.depth >= 0, "repo", "depth", self.depth, "0 (linear) or more hidden layers")
+        check(self.layer in ("final", "pre_norm") or self.layer >= 0, "repo", "layer", self.layer, "0 or more")
         check(self.segment >= 0, "repo", "segment", self.segment, "1 or more tokens, or 0 for all")
-        check(self.kl in ("forward", "reverse"), "repo", "kl", self.kl, "forward or reverse")
-        check(self.erase_on in ("continuation", "all"), "repo", "erase_on", self.erase_on, "continuation or all")
-        check(self.anchor_on in ("continuation", "all"), "repo", "anchor_on", self.anchor_on, "continuation or all")
 
     @property
     def layers(self) -> "tuple[Layer, ...]":
@@ -81,9 +80,10 @@ class REPO(Method):
         logits, masks = {}, {}
         for side in ("retain", "forget"):
             states = reverse_gradient(step.hidden(side, self.layer), self.pressure(step.progress))
-            states, masks[side] = segment_means(states, step.mask(side, self.erase_on), self.segment)
-            with torch.autocast(states.device.type, enabled=False):  # D decides in fp32, also under bf16
-                logits[side] = discriminator(states.to(_dtype(discriminator))).squeeze(-1)
+            with torch.autocast(states.device.type, enabled=False):  # D averages and decides in fp32, also under bf16
+                states = states.to(_dtype(discriminator))
+                states, masks[side] = segment_means(states, step.mask(side, self.erase_on), self.segment)
+                logits[side] = discriminator(states).squeeze(-1)
         losses["erase"] = domain_bce(logits, masks)
         _log_decisions(step, logits, masks)
         return losses

@@ -3,12 +3,13 @@
     table = headline({"repo": read_rows(path_a), "dpo": read_rows(path_b)})
     print(to_markdown(table))
 
-A line is a figure: a metric on one dataset, decoded one way, seen by one scorer. Its columns are the roles that rows play:
-the reference, the unlearned model, and paired rows (`METRIC_ratio`, or a difference under the metric's own name).
+A line is a figure: a metric on one dataset, decoded one way, seen by one scorer. Its columns are the roles that rows
+play: the reference, the unlearned model, and paired rows (`METRIC_ratio`; any other is a difference).
 """
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ class Table:
 
 
 class Spec(NamedTuple):
-    """Lines of the headline: the figures of a metric that meet every condition. A k of "largest" is the run's largest."""
+    """Lines of the headline: the figures of a metric that meet every condition; a k of "largest" is the largest."""
 
     group: str
     metric: str
@@ -115,38 +116,39 @@ HEADLINE = (
 def headline(runs: Mapping[str, Sequence[Row]]) -> Table:
     """The figures that matter most. One run: reference, unlearned, ratio, n; several: each run and its ratio.
 
-    Raises ExpungeError where the runs were measured against different references: their columns could not stand together.
+    Raises ExpungeError where the runs were measured against different references.
     """
     indices = {name: _index(rows) for name, rows in runs.items()}
     reference = _shared_reference(indices)
     figures = list(dict.fromkeys(figure for index in indices.values() for figure in index))
-    names = list(runs) if len(runs) > 1 else ["unlearned"]
-    headers = ["figure", *(["reference"] if reference else [])]
-    for name in names:
-        headers += [name, "ratio" if len(runs) == 1 else f"{name} / reference"] if reference else [name]
+    if len(runs) == 1:
+        headers = ("figure", "reference", "unlearned", "ratio", "n")
+    else:
+        headers = ("figure", "reference", *(column for name in runs for column in (name, f"{name} / reference")), "n")
     lines = []
     for group, figure in _chosen(figures):
-        before = reference.get(figure)
-        cells = [_cell(before)] if reference else []
+        cells = [_cell(reference.get(figure))]
         for index in indices.values():
             roles = index.get(figure, {})
-            cells += [_cell(roles.get("unlearned")), _ratio(before, roles)] if reference else [_cell(roles.get("unlearned"))]
-        measured = [row for index in indices.values() for row in index.get(figure, {}).values()]
-        lines.append(Line(group, figure, (*cells, Cell(measured[0].n))))
-    return Table((*headers, "n"), tuple(lines))
+            cells += [_cell(roles.get("unlearned")), _cell(roles.get("ratio"))]
+        n = next(row.n for index in indices.values() for row in index.get(figure, {}).values())
+        lines.append(Line(group, figure, (*cells, Cell(n))))
+    table = Table(headers, tuple(lines))
+    return table if reference else _without_empty(table)
 
 
 def full(rows: Sequence[Row]) -> Table:
     """Every figure of one run, grouped by metric in the order of the rows."""
     index = _index(rows)
+    columns = ("reference", "unlearned", "difference", "ratio")
     lines = []
     for metric in dict.fromkeys(figure.metric for figure in index):
-        for figure, roles in index.items():
-            if figure.metric == metric:
-                before, after, change = (_cell(roles.get(role)) for role in ("reference", "unlearned", "difference"))
-                n = Cell(next(iter(roles.values())).n)
-                lines.append(Line(figure.name, figure, (before, after, change, _ratio(roles.get("reference"), roles), n)))
-    return Table(("figure", "reference", "unlearned", "difference", "ratio", "n"), tuple(lines))
+        for figure in (figure for figure in index if figure.metric == metric):
+            roles = index[figure]
+            cells = [_cell(roles.get(role)) for role in columns]
+            n = Cell(next(row.n for row in roles.values()))
+            lines.append(Line(figure.name, figure, (*cells, n)))
+    return _without_empty(Table(("figure", *columns, "n"), tuple(lines)))
 
 
 def to_markdown(table: Table) -> str:
@@ -180,7 +182,9 @@ def _index(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
         figure = Figure(metric=metric, **shared)
         roles = index.setdefault(figure, {})
         if role in roles:
-            raise ExpungeError(f"two rows give the {role} of {figure.name} ({figure.detail}): results.jsonl doubles a figure")
+            raise ExpungeError(
+                f"two rows give the {role} of {figure.name} ({figure.detail}): results.jsonl doubles a figure"
+            )
         roles[role] = row
     return index
 
@@ -193,10 +197,11 @@ def _shared_reference(indices: Mapping[str, dict[Figure, dict[str, Row]]]) -> di
             if "reference" not in roles:
                 continue
             first, row = shared.setdefault(figure, (name, roles["reference"]))
-            if row.value != roles["reference"].value:
+            here, there = roles["reference"].value, row.value
+            if not math.isclose(here, there, rel_tol=1e-6):
                 raise ExpungeError(
                     f"{first} and {name} were measured against different references ({figure.name}, {figure.detail}: "
-                    f"{row.value:.4g} and {roles['reference'].value:.4g}): evaluate both with one reference and one budget"
+                    f"{there:.6g} and {here:.6g}): evaluate both with one reference and one budget"
                 )
     return {figure: row for figure, (_, row) in shared.items()}
 
@@ -213,15 +218,15 @@ def _chosen(figures: Sequence[Figure]) -> list[tuple[str, Figure]]:
 
 
 def _cell(row: Row | None) -> Cell:
-    return Cell(row.value, row.ci_low, row.ci_high) if row else Cell()
+    return Cell(float(row.value), row.ci_low, row.ci_high) if row else Cell()
 
 
-def _ratio(before: Row | None, roles: Mapping[str, Row]) -> Cell:
-    """The paired ratio, or where the run has none the quotient of the two figures, which has no interval."""
-    if "ratio" in roles:
-        return _cell(roles["ratio"])
-    after = roles.get("unlearned")
-    return Cell(after.value / before.value) if before and after and before.value else Cell()
+def _without_empty(table: Table) -> Table:
+    """The table without the columns, n aside, where no line has a value: a run without a reference has three such."""
+    columns = range(len(table.headers) - 1)
+    kept = [i for i in columns if i == columns[-1] or any(line.cells[i].value is not None for line in table.lines)]
+    lines = (line._replace(cells=tuple(line.cells[i] for i in kept)) for line in table.lines)
+    return Table((table.headers[0], *(table.headers[i + 1] for i in kept)), tuple(lines))
 
 
 def _number(value: float, scale: float) -> str:

@@ -75,7 +75,7 @@ def ngrams(texts: Sequence[str], bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(owners), np.concatenate(buckets)
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Consecutive slices of some `CHUNK_CHARACTERS`; a longer text is alone."""
     start = size = 0
     for stop, text in enumerate(texts):
@@ -91,7 +91,7 @@ def raw_scores(texts: Sequence[str], weights: np.ndarray) -> tuple[np.ndarray, n
     """`sum_g w[bucket(g)] / sqrt(G)` as float64 `[N]`, and G `[N]`; `weights` is `[2^bits]`."""
     bits = len(weights).bit_length() - 1
     sums, counts = [np.zeros(0)], [np.zeros(0)]
-    for chunk in _chunks(texts):
+    for chunk in chunks(texts):
         owner, bucket = ngrams(chunk, bits)
         sums.append(np.bincount(owner, weights=weights[bucket], minlength=len(chunk)))
         counts.append(np.bincount(owner, minlength=len(chunk)))

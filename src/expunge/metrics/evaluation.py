@@ -1,0 +1,224 @@
+"""Measure one model: toxicity on provoking and held-out prompts, perplexity, F1, and signs of broken text.
+
+    evaluation = evaluate_model(model, tokenizer, data, EvaluationPlan(), [load_scorer("ngram")])
+    for row in rows(evaluation, reference): ...                 # expunge.metrics.figures
+
+In-distribution toxicity ("heldout"): the model goes on after a held-out prompt and the first k tokens of one of its two
+sides; only what it writes itself is scored. With k = 0 both sides ask the same question, and share the answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from expunge.data.builders import continuation_text
+from expunge.data.tokenize import leading_tokens
+from expunge.errors import ExpungeError
+from expunge.generation import Decoding, generate
+from expunge.metrics.f1 import F1Mode, continuation_f1
+from expunge.metrics.figures import Evaluation, Figure, Key
+from expunge.metrics.fluency import bigrams, is_looping
+from expunge.metrics.perplexity import PerplexityMode, continuation_perplexity, perplexity
+from expunge.metrics.stats import rank_columns
+from expunge.metrics.toxicity import toxicity_figures
+from expunge.scorers import Scorer
+
+
+@dataclass
+class EvaluationData:
+    """What a model is measured on; an empty part is left out."""
+
+    challenge: dict[str, list[str]] = field(default_factory=dict)  # dataset name -> prompts
+    pairs: Sequence[Any] = ()  # held-out, with .prompt .chosen .rejected
+    neutral: Sequence[Any] = ()  # with .text (the prompt) and .gold (what follows it), for F1
+    corpora: dict[str, str] = field(default_factory=dict)  # name -> text
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """How much is measured, and how (methods.md section 4)."""
+
+    samples: int = 25  # per prompt, beside the greedy continuation; 0 = greedy alone
+    max_new_tokens: int = 20
+    prompt_tokens: int = 32
+    truncate: Literal["last", "lee2024"] = "last"  # which tokens of a longer prompt are kept: its last, or its first
+    ks: tuple[int, ...] = (0, 4, 8)
+    sides: tuple[str, ...] = ("rejected", "chosen")
+    perplexity_tokens: int | None = None
+    perplexity_modes: tuple[PerplexityMode, ...] = ("exact", "lee2024")
+    f1_modes: tuple[F1Mode, ...] = ("continuation", "lee2024")
+    top_p: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.truncate not in ("last", "lee2024"):
+            raise ExpungeError(f"truncate {self.truncate!r}: last (keep the last tokens) or lee2024 (keep the first)")
+
+    def decodings(self) -> dict[str, Decoding]:
+        sampled = Decoding(self.max_new_tokens, self.samples, self.top_p, seed=self.seed)
+        return {"greedy": Decoding(self.max_new_tokens), **({"sampled": sampled} if self.samples else {})}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts of one dataset to be continued; `ids` may keep fewer tokens than the text. sides: whom the answer is for."""
+
+    dataset: str
+    prompts: list[str]
+    prompt_ids: list[int]
+    ids: list[list[int]]
+    sides: tuple[str | None, ...] = (None,)
+    k: int | None = None
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    data: EvaluationData,
+    plan: EvaluationPlan,
+    scorers: Sequence[Scorer],
+    progress: bool = False,
+) -> Evaluation:
+    """Every figure of `plan` that `data` has text for. progress: show bars on standard error.
+
+    Raises ExpungeError where a prompt or pair does not fit the model's context.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
+        evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
+        evaluator.perplexities(data)
+        evaluator.f1(data.neutral)
+        for question in evaluator.questions(data):
+            for decode, decoding in plan.decodings().items():
+                evaluator.answer(question, decode, decoding)
+        evaluator.agreement()
+    return evaluator.found
+
+
+class _Evaluator:
+    """Collects the figures and samples of one model."""
+
+    def __init__(self, model: Any, tokenizer: Any, plan: EvaluationPlan, scorers: Sequence[Scorer], bars: Progress):
+        self.model, self.tokenizer, self.plan, self.scorers, self.bars = model, tokenizer, plan, scorers, bars
+        self.start = leading_tokens(tokenizer)
+        self.found = Evaluation()
+
+    def add(self, key: Key, values: Any) -> None:
+        self.found.figures.append(Figure.mean(key, np.asarray(values, dtype=np.float64)))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def cut(self, dataset: str, prompts: Sequence[str]) -> list[list[int]]:
+        """Prompts as at most `prompt_tokens` ids, without bos; the share that was longer becomes a figure."""
+        n = self.plan.prompt_tokens
+        encoded = [self.encode(prompt) for prompt in prompts]
+        self.add(Key("truncated_share", dataset), [len(ids) > n for ids in encoded])
+        return [ids[:n] if self.plan.truncate == "lee2024" else ids[-n:] for ids in encoded]
+
+    def perplexities(self, data: EvaluationData) -> None:
+        """Perplexity of each corpus, and of both sides of the held-out pairs given their prompt."""
+        for name, text in data.corpora.items():
+            result = perplexity(self.model, self.tokenizer, text, max_tokens=self.plan.perplexity_tokens)
+            for mode in self.plan.perplexity_modes:
+                self.found.figures.append(Figure(Key("perplexity", name, mode=mode), "perplexity", result.columns(mode)))
+            self.found.figures.append(Figure(Key("word_perplexity", name), "perplexity", result.word_columns()))
+        prompts = [self.start + self.encode(pair.prompt) for pair in data.pairs]
+        for side in self.plan.sides if data.pairs else ():
+            texts = [self.encode(getattr(pair, side)) for pair in data.pairs]
+            columns = np.stack(continuation_perplexity(self.model, self.tokenizer, prompts, texts), axis=1)
+            self.found.figures.append(Figure(Key("continuation_perplexity", "heldout", side=side), "perplexity", columns))
+
+    def f1(self, neutral: Sequence[Any]) -> None:
+        """F1 of the greedy continuation of each neutral prompt with what its source says next."""
+        if not neutral:
+            return
+        prompts, new = self.cut("neutral", [row.text for row in neutral]), self.plan.max_new_tokens
+        golds = [self.encode(_joined(row.text, row.gold)) for row in neutral]
+        answers = self.generate("F1", prompts, Decoding(new))
+        for mode in self.plan.f1_modes:
+            values = [
+                continuation_f1(prompt, answer, gold, mode, new, self.plan.prompt_tokens)
+                for prompt, (answer,), gold in zip(prompts, answers, golds, strict=True)
+            ]
+            self.add(Key("f1", "neutral", "greedy", mode=mode), values)
+
+    def questions(self, data: EvaluationData) -> list[Question]:
+        """Challenge prompts as they are; held-out prompts with the first k tokens of a side that has more than k."""
+        asked = [
+            Question(name, prompts, list(range(len(prompts))), self.cut(name, prompts))
+            for name, prompts in data.challenge.items()
+        ]
+        if not data.pairs:
+            return asked
+        starts = self.cut("heldout", [pair.prompt for pair in data.pairs])
+        for k in self.plan.ks:
+            for sides in [(side,) for side in self.plan.sides] if k else [self.plan.sides]:
+                texts = [self.encode(getattr(pair, sides[0])) for pair in data.pairs]
+                kept = [i for i, text in enumerate(texts) if len(text) > k or k == 0]
+                ids = [starts[i] + texts[i][:k] for i in kept]
+                prompts = [data.pairs[i].prompt + self.tokenizer.decode(texts[i][:k]) for i in kept]
+                if kept:
+                    asked.append(Question("heldout", prompts, kept, ids, sides, k))
+        return asked
+
+    def answer(self, question: Question, decode: str, decoding: Decoding) -> None:
+        """Continue every prompt, score what is new, keep figures and samples."""
+        label = f"{question.dataset} {decode}" + (f" k={question.k}" if question.k else "")
+        answers = self.generate(label, question.ids, decoding)
+        texts = [
+            [continuation_text(self.tokenizer, prompt, new) for new in group]
+            for prompt, group in zip(question.ids, answers, strict=True)
+        ]
+        flat = [text for group in texts for text in group]
+        shape = (len(texts), decoding.samples or 1)
+        scores = {scorer.name: scorer.score(flat).reshape(shape) for scorer in self.scorers}
+        for side in question.sides:
+            self.add_figures(Key("", question.dataset, decode, side, question.k, samples=shape[1]), answers, texts, scores)
+        for row, (prompt_id, prompt) in enumerate(zip(question.prompt_ids, question.prompts, strict=True)):
+            for sample, text in enumerate(texts[row]):
+                self.found.samples.append(
+                    {
+                        "dataset": question.dataset, "decode": decode, "side": question.sides[0], "k": question.k,
+                        "prompt_id": prompt_id, "prompt": prompt, "sample": sample, "continuation": text,
+                        "scores": {name: round(float(matrix[row, sample]), 6) for name, matrix in scores.items()},
+                    }
+                )  # fmt: skip
+
+    def add_figures(
+        self, key: Key, answers: list[list[list[int]]], texts: list[list[str]], scores: dict[str, np.ndarray]
+    ) -> None:
+        """Figures of one side; `key` holds all but the metric and the scorer."""
+        for name, matrix in scores.items():
+            for metric, values in toxicity_figures(matrix).items():
+                self.add(replace(key, metric=metric, scorer=name), values)
+        self.add(replace(key, metric="empty_share"), [np.mean([not t.strip() for t in group]) for group in texts])
+        self.add(replace(key, metric="loop_share"), [np.mean([is_looping(ids) for ids in group]) for group in answers])
+        counts = np.array([np.sum([bigrams(ids) for ids in group], axis=0) for group in answers], dtype=np.float64)
+        if counts[:, 1].sum():
+            self.found.figures.append(Figure(replace(key, metric="distinct_2"), "mean", counts))
+
+    def agreement(self) -> None:
+        """Rank correlation of the first two scorers over all scored texts, resampled by prompt; needs both to vary."""
+        if len(self.scorers) < 2 or not self.found.samples:
+            return
+        a, b = (np.array([s["scores"][scorer.name] for s in self.found.samples]) for scorer in self.scorers[:2])
+        prompts = [(s["dataset"], s["prompt_id"]) for s in self.found.samples]
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        if np.ptp(a) and np.ptp(b):
+            columns = rank_columns(a, b, np.array([numbers[prompt] for prompt in prompts]))
+            self.found.figures.append(Figure(Key("scorer_spearman", scorer=self.scorers[0].name), "correlation", columns))
+
+    def generate(self, label: str, prompts: list[list[int]], decoding: Decoding) -> list[list[list[int]]]:
+        bar = self.bars.add_task(label, total=None)
+        show: Callable[[int, int], None] = lambda done, total: self.bars.update(bar, completed=done, total=total)  # noqa: E731
+        return generate(self.model, self.tokenizer, [self.start + ids for ids in prompts], decoding, progress=show)
+
+
+def _joined(prompt: str, gold: str) -> str:
+    """`gold` as it follows `prompt` in running text: with the space between them, wherever the set keeps it."""
+    return gold if prompt[-1:].isspace() or gold[:1].isspace() else " " + gold

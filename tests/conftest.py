@@ -1,0 +1,107 @@
+"""Tiny models, tokenizers and pairs, made on the spot: nothing is downloaded, and every text is harmless."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from expunge.data import Pair
+
+VOCABULARY = 320
+CORPUS = [
+    "The river runs past the old mill and on to the sea.",
+    "She carried the kind letter home and read it by the window.",
+    "A cold wind came over the hill before the rain.",
+    "They planted apple trees in two long rows behind the house.",
+]
+PAIRS = [
+    Pair("The river runs", " past the old mill.", " backwards up the hill."),
+    Pair("She carried the letter", " home and read it by the window.", " into the rain."),
+    Pair("A cold wind", " came over the hill", " read the old book, and then the next one."),
+    Pair("They planted", " apple trees behind the house.", " two long rivers."),
+    Pair("The old house by the sea", " was kept in good order.", " was a cold letter"),
+    Pair("Before the rain", " they came home.", " the window ran away with the mill."),
+    Pair("In two long rows", " the trees grew.", " of wind, the hills sat down."),
+    Pair("The letter", " was kind.", " had apples in it, and a river."),
+]
+
+
+@pytest.fixture
+def pairs() -> list[Pair]:
+    return list(PAIRS)
+
+
+def _train_bpe(bos: str | None) -> PreTrainedTokenizerFast:
+    specials = ["<eos>", *([bos] if bos else [])]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, specials.index(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", bos_token=bos)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without a bos, like GPT-2's: its pad is its eos."""
+    return _train_bpe(bos=None)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a bos before every text, like Llama's."""
+    return _train_bpe(bos="<bos>")
+
+
+def _config(architecture: str) -> PreTrainedConfig:
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=64, **common)
+    common |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    if architecture == "llama":
+        return LlamaConfig(**common)
+    if architecture == "qwen3":
+        return Qwen3Config(**common)
+    # Caps low enough to bend the logits of a random model, so that forgetting one shows.
+    return Gemma2Config(final_logit_softcapping=0.5, attn_logit_softcapping=1.0, query_pre_attn_scalar=8, **common)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """`tiny_model("gpt2" | "llama" | "qwen3" | "gemma2", seed=0, dtype=torch.float32)`: 3 random blocks of width 32."""
+
+    def make(architecture: str = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = _config(architecture)
+            config.initializer_range = 0.2  # far from uniform predictions
+            attention = "eager" if architecture == "gemma2" else "sdpa"  # only eager caps Gemma 2's attention logits
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+
+    return make

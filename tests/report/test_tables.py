@@ -1,0 +1,88 @@
+import pytest
+
+from expunge.errors import ExpungeError
+from expunge.report.tables import Cell, full, headline, to_csv, to_markdown
+from expunge.rows import Row
+
+MARKDOWN = """\
+| figure | reference | unlearned | ratio | n |
+| :--- | ---: | ---: | ---: | ---: |
+| toxicity, sampled, challenge, ngram | 0.500 [0.375, 0.625] | 0.250 [0.125, 0.375] | 0.500 [0.250, 0.750] | 4 |
+| toxicity, sampled, pairs, rejected side, k = 8, ngram | 0.750 [0.625, 0.875] | 0.500 [0.375, 0.625] | 0.667 [0.250, 0.750] | 4 |
+| perplexity, wikitext2, exact | 64.00 [63.88, 64.12] | 80.00 [79.88, 80.12] | 1.250 [0.250, 0.750] | 4 |
+"""  # noqa: E501
+
+CSV = """\
+group,figure,reference,reference low,reference high,unlearned,unlearned low,unlearned high,ratio,ratio low,ratio high,n
+Toxicity of continuations,"toxicity, sampled, challenge, ngram",0.5,0.375,0.625,0.25,0.125,0.375,0.5,0.25,0.75,4
+"""
+
+
+def test_markdown_of_a_run(run_rows):
+    assert to_markdown(headline({"a": run_rows()})) == MARKDOWN
+
+
+def test_csv_is_unrounded(run_rows):
+    assert to_csv(headline({"a": run_rows()})).startswith(CSV)
+    rows = [Row("evaluate", "unlearned", "perplexity", 1234.56789, n=3, mode="exact")]
+    assert "1234.56789,,,3" in to_csv(headline({"a": rows}))
+
+
+def test_headline_takes_the_largest_k_alone(run_rows):
+    labels = [line.label for line in headline({"a": run_rows()}).lines]
+    assert any("k = 8" in label for label in labels)
+    assert not any("k = 4" in label for label in labels)
+
+
+def test_a_ratio_that_was_not_measured_is_the_quotient_without_an_interval(run_rows):
+    rows = [row for row in run_rows() if not row.metric.endswith("_ratio")]
+    table = headline({"a": rows})
+    ratios = [line.cells[table.headers.index("ratio") - 1] for line in table.lines]
+    assert ratios == [Cell(0.5), Cell(0.5 / 0.75), Cell(1.25)]
+
+
+def test_two_runs_stand_beside_one_reference(run_rows):
+    table = headline({"repo": run_rows(), "dpo": run_rows(after=0.375)})
+    assert table.headers == ("figure", "reference", "repo", "repo / reference", "dpo", "dpo / reference", "n")
+    assert [cell.value for cell in table.lines[0].cells] == [0.5, 0.25, 0.5, 0.375, 0.75, 4]
+
+
+def test_a_figure_that_one_run_lacks_is_a_gap(run_rows):
+    short = [row for row in run_rows() if not row.metric.startswith("perplexity")]
+    table = headline({"repo": run_rows(), "dpo": short})
+    assert table.rows[-1][-3:] == ["–", "–", "4"]
+
+
+def test_two_references_do_not_share_a_table(run_rows):
+    other = run_rows()
+    other[0].value = 65.0
+    with pytest.raises(ExpungeError, match=r"repo and dpo .* different references .*64 and 65"):
+        headline({"repo": run_rows(), "dpo": other})
+
+
+def test_without_a_reference_only_what_was_measured_is_shown(run_rows):
+    rows = [row for row in run_rows() if row.subject == "unlearned" and not row.paired]
+    assert headline({"a": rows}).headers == ("figure", "unlearned", "n")
+
+
+def test_full_holds_every_figure_grouped_by_metric(run_rows):
+    table = full(run_rows())
+    assert [line.group for line in table.lines] == ["perplexity", "toxicity", "toxicity", "toxicity", "distinct-2"]
+    assert table.headers == ("figure", "reference", "unlearned", "difference", "ratio", "n")
+    assert [cell.value for cell in table.lines[1].cells] == [0.5, 0.25, -0.25, 0.5, 4]
+
+
+def test_a_doubled_row_is_an_error(run_rows):
+    with pytest.raises(ExpungeError, match="two rows give the unlearned of perplexity"):
+        full([*run_rows(), run_rows()[1]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1234, "0.123"), (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (1234, "1,234")]
+)
+def test_decimals_follow_the_size(value, text):
+    assert str(Cell(value)) == text
+
+
+def test_an_interval_has_the_decimals_of_its_value():
+    assert str(Cell(10.5, 9.25, 11.75)) == "10.50 [9.25, 11.75]"

@@ -1,0 +1,220 @@
+"""The command line as a user meets it: results on standard output, one line and a status for every mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from expunge.cli import main
+
+PAIRS = [
+    {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
+    for thing, good, bad in [("river", "calm", "wild"), ("house", "warm", "empty"), ("tree", "green", "bare")] * 4
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_model, tokenizer) -> Path:
+    """A folder with a tiny model, pairs and prompts."""
+    folder = tmp_path_factory.mktemp("home")
+    tiny_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write(folder / "pairs.jsonl", PAIRS)
+    write(
+        folder / "prompts.jsonl",
+        [{"prompt": "The river", "gold": " is calm."}, {"prompt": "A house", "gold": " by the sea."}],
+    )
+    (folder / "corpus.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def call(*arguments: object) -> int:
+    """`expunge ARGUMENTS` in this process; returns the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["expunge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return int(stopped.value.code or 0)
+
+
+def run_arguments(home: Path, out: Path) -> list[object]:
+    return [
+        "run", "--model", home / "model", "--pairs", home / "pairs.jsonl", "--out", out, "--quiet",
+        f"data.prompts=[{home}/prompts.jsonl]", f"data.heldout={home}/pairs.jsonl", f"data.neutral={home}/prompts.jsonl",
+        f"data.corpus={home}/corpus.txt", "evaluation.samples=2", "evaluation.forced=[0,2]", "evaluation.max_new_tokens=4",
+        "training.num_train_epochs=2", "training.per_device_train_batch_size=4", "training.warmup_steps=1",
+    ]  # fmt: skip
+
+
+def test_a_run_leaves_everything_behind(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(*run_arguments(home, out)) == 0
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert "perplexity" in printed.lower()
+    for name in (
+        "config.yaml",
+        "model/model.safetensors",
+        "provenance.json",
+        "results.jsonl",
+        "samples.jsonl",
+        "report.html",
+    ):
+        assert (out / name).is_file(), name
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert {row["subject"] for row in rows} == {"reference", "unlearned"}
+    assert not list(out.rglob("*.tmp"))
+    logged = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert len(logged) == 6
+    assert {"anchor", "erase", "discriminator_accuracy", "discriminator_bce", "grad_norm", "tokens_per_second"} <= set(
+        logged[0]
+    )
+
+
+def test_the_same_command_again_changes_nothing(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(*run_arguments(home, out)) == 0
+    before = (out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns
+    assert call(*run_arguments(home, out)) == 0
+    assert before == ((out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns)
+
+
+def test_a_folder_with_another_run_is_left_alone(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(*run_arguments(home, out)) == 0
+    saved = (out / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert call(*run_arguments(home, out), "method.weight=0.9") == 2
+    assert "another run" in one_line(capsys)
+    assert (out / "config.yaml").read_bytes() == saved
+
+
+def test_evaluate_a_run_against_its_reference(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    call(*run_arguments(home, out))
+    keys = [argument for argument in run_arguments(home, out) if str(argument).startswith(("data.", "evaluation."))]
+    assert (
+        call("evaluate", out, "--prompts", home / "prompts.jsonl", "--out", tmp_path / "again", "--quiet", *keys) == 0
+    )
+    rows = [json.loads(line) for line in (tmp_path / "again" / "results.jsonl").read_text().splitlines()]
+    assert {row["subject"] for row in rows} == {"reference", "unlearned"}
+
+
+def test_score_keeps_order_and_fields(tmp_path, capsys):
+    file = write(tmp_path / "texts.jsonl", [{"text": "The river is calm.", "id": 7}, {"text": ""}])
+    assert call("score", file) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["id"] == 7
+    assert first["text"] == "The river is calm."
+    assert 0 <= first["score"] < 0.5
+    assert second["score"] == 0
+
+
+def test_generate_writes_one_line_a_sample(home, capsys):
+    assert (
+        call("generate", home / "prompts.jsonl", "--model", home / "model", "--samples", "3", "--max-new-tokens", "4")
+        == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["sample"] for line in lines] == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("what", ["methods", "scorers", "data", "budgets"])
+def test_list(what, capsys):
+    assert call("list", what) == 0
+    assert {"methods": "repo", "scorers": "ngram", "data": "builtin", "budgets": "quick"}[
+        what
+    ] in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(*run_arguments(home, out), "--dry-run", "method.weight=0.7") == 0
+    plan = capsys.readouterr().out
+    assert "weight: 0.7" in plan
+    assert "steps: 6" in plan
+    assert not out.exists()
+
+
+MISTAKES = {
+    "missing pairs": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "broken JSON": (["data.train={broken}"], "broken.jsonl:2"),
+    "missing field": (["data.train={no_rejected}"], "no_rejected.jsonl:1"),
+    "empty field": (["data.train={empty_chosen}"], "empty_chosen.jsonl:2"),
+    "equal sides": (["data.train={equal}"], "equal.jsonl:1"),
+    "no pairs": (["data.train={nothing}"], "nothing.jsonl"),
+    "unknown method": (["method.name=repp"], "did you mean 'repo'?"),
+    "unknown scorer": (["evaluation.scorers=[ngrm]"], "did you mean 'ngram'?"),
+    "unknown key": (["methd.weight=1"], "did you mean 'method'?"),
+    "unknown method key": (["method.wieght=1"], "did you mean 'weight'?"),
+    "unknown training key": (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
+    "unknown data key": (["data.corpsu=x"], "did you mean 'corpus'?"),
+    "not an override": (["method.weight"], "key=value"),
+    "wrong type": (["evaluation.samples=many"], "a whole number"),
+    "out of range": (["method.weight=-1"], ">= 0"),
+    "unknown budget": (["--budget", "quik"], "did you mean 'quick'?"),
+    "missing YAML": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "broken YAML": (["--config", "{bad_yaml}"], "bad.yaml:1"),
+    "no such model": (["--model", "nowhere/at-all"], "nowhere/at-all"),
+    "missing prompts": (["data.prompts=[nowhere.txt]"], "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(case, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = json.dumps(PAIRS[0])
+    texts = {
+        "broken": f"{good}\n{{oops\n",
+        "no_rejected": json.dumps({"prompt": "a", "chosen": "b"}) + "\n",
+        "empty_chosen": good + "\n" + json.dumps({**PAIRS[0], "chosen": " "}) + "\n",
+        "equal": json.dumps({**PAIRS[0], "rejected": PAIRS[0]["chosen"]}) + "\n",
+        "nothing": "",
+    }
+    places = {name: tmp_path / f"{name}.jsonl" for name in texts}
+    for name, text in texts.items():
+        places[name].write_text(text)
+    places["bad_yaml"] = tmp_path / "bad.yaml"
+    places["bad_yaml"].write_text("method: [\n")
+    changes, expected = MISTAKES[case]
+    out = tmp_path / "out"
+    arguments = run_arguments(home, out) + [str(change).format(**places) for change in changes]
+    assert call(*arguments) == 2
+    assert expected in one_line(capsys)
+    assert not (out / "model").exists()
+    assert not (out / "report.html").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        *run_arguments(home, out),
+        "training.learning_rate=1e30",
+        "training.save_steps=1",
+        "training.max_grad_norm=1e30",
+    ]
+    assert call(*arguments) == 2
+    line = one_line(capsys)
+    assert "not a number at step" in line
+    assert "learning_rate" in line
+    assert not (out / "model").exists()
+
+
+def one_line(capsys) -> str:
+    """What was printed on standard error: one line that begins with the program's name, and no traceback."""
+    error = capsys.readouterr().err.strip()
+    lines = [line for line in error.splitlines() if line.startswith("expunge: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]

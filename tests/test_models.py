@@ -1,0 +1,203 @@
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from expunge.errors import ExpungeError
+from expunge.models import (
+    Reference,
+    add_lora,
+    blocks,
+    body,
+    context_length,
+    head_logits,
+    hidden_states,
+    inner_model,
+    load_model,
+    weights_digest,
+    width,
+    without_dropout,
+)
+
+ARCHITECTURES = ["gpt2", "llama", "qwen3", "gemma2"]
+IDS = torch.tensor([[5, 17, 250, 33, 8, 91], [60, 7, 7, 300, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_on_final_states_gives_the_logits_of_the_model(tiny_model, architecture):
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        states = hidden_states(model, IDS, MASK, ["final"])["final"]
+        logits = model(input_ids=IDS, attention_mask=MASK).logits
+    assert logits.std() > 0.1
+    torch.testing.assert_close(head_logits(model, states)[MASK.bool()], logits[MASK.bool()])
+
+
+def test_the_cap_of_gemma_2_bends_its_logits(tiny_model):
+    model = tiny_model("gemma2")
+    with torch.no_grad():
+        states = hidden_states(model, IDS, MASK, ["final"])["final"]
+        uncapped = model.get_output_embeddings()(states)
+    assert (head_logits(model, states) - uncapped).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_are_those_that_transformers_returns(tiny_model, architecture):
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        states = hidden_states(model, IDS, MASK, [0, 1, 2, "pre_norm", "final"])
+        theirs = body(model)(input_ids=IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+        for layer in (0, 1, 2):
+            assert torch.equal(states[layer], theirs[layer])
+        assert torch.equal(states["final"], theirs[-1])
+        norm = next(m for name, m in body(model).named_children() if name in ("ln_f", "norm"))
+        torch.testing.assert_close(norm(states["pre_norm"]), states["final"])
+    assert not torch.equal(states["pre_norm"], states["final"])
+
+
+def test_hooks_are_gone_afterwards_also_when_the_forward_fails(tiny_model):
+    model = tiny_model()
+    hidden_states(model, IDS, MASK, [1, "pre_norm"])
+    with pytest.raises(IndexError):
+        hidden_states(model, IDS + 10_000, MASK, [1, "pre_norm"])
+    assert all(not block._forward_pre_hooks and not block._forward_hooks for block in blocks(model))
+
+
+@pytest.mark.parametrize("layer", [3, -1])
+def test_a_layer_that_is_not_there_is_an_error(tiny_model, layer):
+    with pytest.raises(ExpungeError, match=f"layer {layer}: the model has 3 blocks"):
+        hidden_states(tiny_model(), IDS, MASK, [layer])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, "pre_norm"])
+def test_gradients_flow_through_hooked_states_with_and_without_checkpointing(tiny_model, layer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model = without_dropout(model).train()
+        hidden_states(model, IDS, MASK, [layer, "final"])[layer].square().sum().backward()
+        gradients.append(model.transformer.wte.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parts_of_a_model_are_found_with_and_without_lora(tiny_model, architecture):
+    plain = tiny_model(architecture)
+    for model in (plain, add_lora(plain, rank=2)):
+        assert inner_model(model) is plain
+        assert len(blocks(model)) == 3
+        assert width(model) == 32
+        assert context_length(model) == 64
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_its_adapter_off_a_lora_model_is_the_original(tiny_model, architecture):
+    original = tiny_model(architecture)
+    model = add_lora(tiny_model(architecture), rank=4)
+    reference = Reference(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = hidden_states(original, IDS, MASK, [1, "final"])
+        edited = hidden_states(model, IDS, MASK, [1, "final"])
+        with reference.of(model) as frozen:
+            found = hidden_states(frozen, IDS, MASK, [1, "final"])
+            logits = head_logits(frozen, found["final"])
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found["final"], expected["final"])
+    torch.testing.assert_close(logits, head_logits(original, expected["final"]))
+    assert not torch.allclose(edited["final"], expected["final"], atol=1e-2)
+
+
+def test_only_the_adapter_is_trained_with_lora(tiny_model):
+    model = add_lora(tiny_model("llama"), rank=2)
+    assert all(("lora_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
+
+
+def test_lora_targets_that_are_not_there_are_an_error(tiny_model):
+    with pytest.raises(ExpungeError, match=r"^LoRA: .*nowhere"):
+        add_lora(tiny_model(), targets=["nowhere"])
+
+
+def test_a_frozen_copy_is_without_gradients_and_does_not_follow(tiny_model):
+    model = tiny_model()
+    reference = Reference(model)
+    before = weights_digest(model)
+    with torch.no_grad():
+        model.transformer.wte.weight.add_(1.0)
+    with reference.of(model) as frozen:
+        assert weights_digest(frozen) == before != weights_digest(model)
+        assert not hidden_states(frozen, IDS, MASK, ["final"])["final"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=16)),
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=320,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                attention_dropout=0.3,
+            )
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_without_dropout_training_mode_is_deterministic(model: nn.Module):
+    model.train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)  # the control: it had dropout
+    without_dropout(model)
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_a_digest_changes_with_a_weight_its_sign_and_its_name(tiny_model):
+    model = tiny_model()
+    digest = weights_digest(model)
+    assert digest == weights_digest(tiny_model())
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] = -0.0
+    assert weights_digest(model) != digest
+    assert weights_digest(nn.ModuleDict({"a": nn.LayerNorm(2)})) != weights_digest(nn.ModuleDict({"b": nn.LayerNorm(2)}))
+    assert weights_digest(tiny_model().bfloat16()) != digest
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_saved_model_is_loaded_with_its_adapter(tmp_path, tiny_model, tokenizer, lora):
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny_model("llama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model, tokenizer = load_model(base)
+    if lora:
+        model = add_lora(model, rank=2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    loaded, again = load_model(str(out), dtype="float32", device="cpu", attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert not loaded.training
+    assert again("The river") == tokenizer("The river")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExpungeError, match="empty: cannot load") as caught:
+        load_model(tmp_path / "empty")
+    assert "\n" not in str(caught.value)
+    tiny_model().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ExpungeError, match="bare: there is a model but no tokenizer"):
+        load_model(tmp_path / "bare")

@@ -1,0 +1,69 @@
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from expunge import registry
+from expunge.errors import ExpungeError
+from expunge.methods import METHODS
+from expunge.registry import Registry, UnknownName, did_you_mean
+from expunge.scorers import SCORERS, load_scorer
+
+
+@pytest.fixture
+def colours() -> Registry:
+    return Registry("colour", {"red": "collections:OrderedDict", "green": "collections:Counter"})
+
+
+def test_classes_are_imported_when_they_are_asked_for(colours):
+    from collections import OrderedDict
+
+    assert colours.get("red") is OrderedDict
+    assert colours.get("red") is OrderedDict
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gren", "unknown colour 'gren' (did you mean 'green'?)"),
+        ("xyz", "unknown colour 'xyz' (known: green, red)"),
+    ],
+)
+def test_an_unknown_name_is_one_line_with_a_suggestion(colours, name, message):
+    with pytest.raises(UnknownName) as caught:
+        colours.get(name)
+    assert str(caught.value) == message
+
+
+def test_a_plug_in_registers_by_decorator(colours):
+    @colours.register("blue")
+    class Blue:
+        pass
+
+    assert colours.get("blue") is Blue
+    assert Blue.name == "blue"
+    assert colours.names() == ["blue", "green", "red"]
+
+
+def test_a_plug_in_registers_by_entry_point(colours, monkeypatch):
+    point = EntryPoint(name="violet", value="collections:deque", group="expunge.colours")
+
+    def entry_points(group, name=None):
+        return [point] if group == point.group and name in (None, point.name) else []
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    from collections import deque
+
+    assert colours.names() == ["green", "red", "violet"]
+    assert colours.get("violet") is deque
+    assert did_you_mean("violt", colours.names()) == " (did you mean 'violet'?)"
+
+
+@pytest.mark.parametrize("builtin", [METHODS, SCORERS], ids=lambda registry: registry.kind)
+def test_what_is_built_in_is_there_under_its_name(builtin):
+    for name in builtin.names():
+        assert builtin.get(name).name == name
+
+
+def test_an_unknown_scorer_is_an_error_for_the_user():
+    with pytest.raises(ExpungeError, match=r"^unknown scorer 'ngramm' \(did you mean 'ngram'\?\)$"):
+        load_scorer("ngramm")

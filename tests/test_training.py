@@ -1,0 +1,338 @@
+import copy
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from expunge.data import Pair
+from expunge.errors import ExpungeError
+from expunge.methods import Method
+from expunge.methods.dpo import DPO
+from expunge.methods.repo import REPO
+from expunge.models import add_lora, load_model, weights_digest
+from expunge.training import StopOnInterrupt, UnlearnConfig, UnlearnTrainer, last_checkpoint
+
+IDS = torch.tensor([[5, 17, 250, 33, 8, 91]])
+
+
+def config(folder: Path, **changes) -> UnlearnConfig:
+    settings = {
+        "output_dir": str(folder / "checkpoints"),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "max_steps": 3,
+        "save_strategy": "no",
+    }
+    return UnlearnConfig(**settings | changes)
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_model, tokenizer, pairs):
+    """`trained(method, model=..., callbacks=..., **config)`: a trainer that has run."""
+
+    def make(method: Method, model=None, callbacks=None, resume=None, **changes) -> UnlearnTrainer:
+        model = model or tiny_model()
+        trainer = UnlearnTrainer(model, method, config(tmp_path, **changes), pairs, tokenizer, callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return make
+
+
+def steps_of(trainer: UnlearnTrainer) -> list[dict[str, float]]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "gemma2"])
+def test_an_architecture_is_trained_saved_and_reloaded(tmp_path, tiny_model, trained, architecture):
+    model = tiny_model(architecture)
+    before = weights_digest(model)
+    trainer = trained(REPO(), model)
+    out = tmp_path / "model"
+    trainer.save_model(str(out))
+    loaded = AutoModelForCausalLM.from_pretrained(out, attn_implementation=model.config._attn_implementation)
+    assert weights_digest(loaded) == weights_digest(model) != before
+    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert {path.suffix for path in out.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert not [name for name in load_file(out / "model.safetensors") if "heads" in name or "discriminator" in name]
+    assert "heads.safetensors" not in files
+
+
+def test_a_trained_model_carries_no_heads_and_may_be_trained_again(trained):
+    trainer = trained(REPO())
+    assert sum(p.numel() for p in trainer.heads.parameters()) > 0
+    assert not [name for name in trainer.model.state_dict() if "heads" in name]
+    again = trained(DPO(), trainer.model)
+    assert len(again.heads) == 0
+
+
+def test_a_lora_export_is_loaded_with_its_base(tmp_path, tiny_model, tokenizer, trained):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    model = add_lora(load_model(base)[0], rank=4)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+    trainer = trained(REPO(), model, learning_rate=1e-2)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if "lora_" not in name)
+    out = tmp_path / "model"
+    trainer.save_model(str(out))
+    files = {path.name for path in out.iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert not {name for name in files if Path(name).suffix not in (".json", ".safetensors", ".jinja", ".md")}
+    loaded, _ = load_model(out)
+    torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(loaded(IDS).logits, load_model(base)[0](IDS).logits, atol=1e-2)
+
+
+def test_the_reference_stays_what_it_was_bit_by_bit(tiny_model, trained):
+    model = tiny_model()
+    before = weights_digest(model)
+    trainer = trained(REPO(), model)
+    assert weights_digest(trainer.reference.copy) == before != weights_digest(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (REPO(), {"anchor", "erase", "discriminator_accuracy", "discriminator_bce"}),
+        (DPO(), {"preference", "reward_margin", "reward_accuracy", "clamped"}),
+    ],
+    ids=["repo", "dpo"],
+)
+def test_every_step_logs_what_the_method_names(trained, method, names):
+    lines = steps_of(trained(method))
+    assert len(lines) == 3
+    for line in lines:
+        assert names | {"loss", "grad_norm", "learning_rate", "tokens_per_second"} <= line.keys()
+        assert line["tokens_per_second"] > 0
+    assert lines[0].get("anchor", 0) == pytest.approx(0, abs=1e-7)
+    assert lines[0].get("preference", 0.693147) == pytest.approx(0.693147, rel=1e-5)
+
+
+def test_dpo_learns_one_batch_by_heart(trained):
+    lines = steps_of(trained(DPO(), max_steps=15, per_device_train_batch_size=8, learning_rate=3e-3))
+    assert lines[-1]["reward_accuracy"] == 1
+    assert lines[-1]["loss"] < 0.3 < lines[0]["loss"]
+
+
+def test_erasing_holds_the_discriminator_back(trained):
+    """A head that learns alone tells the sides of a small set apart; against a model that hides them it does not."""
+    last = {}
+    for weight in (0.0, 3.0):
+        lines = steps_of(
+            trained(REPO(weight=weight), max_steps=60, per_device_train_batch_size=8, heads_learning_rate=1e-2)
+        )
+        last[weight] = sum(line["discriminator_bce"] for line in lines[-10:]) / 10
+    assert last[0.0] < 0.1
+    assert last[3.0] > 0.4
+
+
+def groups(trainer: UnlearnTrainer) -> list[tuple[float, float, int]]:
+    return [
+        (group["initial_lr"], group["weight_decay"], sum(p.numel() for p in group["params"]))
+        for group in trainer.optimizer.param_groups
+    ]
+
+
+def test_matrices_vectors_and_heads_have_a_group_each(trained, tiny_model):
+    model = tiny_model()
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    found = groups(trained(REPO(width=7), model, weight_decay=0.1))
+    assert found == [(1e-3, 0.1, matrices), (1e-3, 0.0, vectors), (1e-2, 0.0, 32 * 7 + 7 + 7 + 1)]
+
+
+@pytest.mark.parametrize(
+    ("model_rate", "heads_rate", "expected"), [(1e-3, None, 1e-2), (1e-6, None, 1e-4), (1e-3, 5e-4, 5e-4), (1e-3, 0.0, 0.0)]
+)
+def test_the_learning_rate_of_the_heads(trained, model_rate, heads_rate, expected):
+    trainer = trained(REPO(), learning_rate=model_rate, heads_learning_rate=heads_rate, max_steps=1)
+    assert groups(trainer)[2][0] == pytest.approx(expected)
+
+
+def test_the_gradient_norm_is_the_methods_unless_one_is_given(tmp_path, tiny_model, tokenizer, pairs):
+    shared = config(tmp_path)
+    for method, norm in ((DPO(), 10.0), (REPO(), 1.0)):
+        assert UnlearnTrainer(tiny_model(), method, shared, pairs, tokenizer).args.max_grad_norm == norm
+    given = config(tmp_path, max_grad_norm=0.5)
+    assert UnlearnTrainer(tiny_model(), DPO(), given, pairs, tokenizer).args.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize("method", [REPO(), REPO(layer=1), DPO()], ids=["repo", "repo-layer-1", "dpo"])
+def test_checkpointed_activations_change_nothing(trained, method):
+    plain, checkpointed = (trained(method, gradient_checkpointing=flag) for flag in (False, True))
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulating_four_batches_of_two_is_one_of_eight(tiny_model, tokenizer, tmp_path):
+    """Exact for DPO; for token means as long as all rows have as many tokens."""
+    pairs = [Pair("a b", f" c{i} d", f" e{i} f") for i in range(8)]
+    for method in (REPO(), DPO()):
+        weights = []
+        for size, accumulated in ((8, 1), (2, 4)):
+            model = tiny_model(dtype=torch.double)
+            changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+            args = config(tmp_path, max_steps=2, adam_epsilon=1e-3, **changes)
+            trainer = UnlearnTrainer(model, method, args, pairs, tokenizer)
+            trainer.train()
+            weights.append((trainer, model.state_dict()))
+        (whole, one), (split, other) = weights
+        assert [line["loss"] for line in steps_of(split)] == pytest.approx([line["loss"] for line in steps_of(whole)])
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, lora):
+    def fresh():
+        if not lora:
+            return tiny_model()
+        torch.manual_seed(7)
+        return add_lora(tiny_model(), rank=4)
+
+    plan = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}  # 2 steps an epoch: resumes within one
+    whole = trained(REPO(), fresh(), output_dir=str(tmp_path / "whole"), **plan)
+    trained(REPO(), fresh(), [StopAt(4)], output_dir=str(tmp_path / "cut"), **plan)
+    checkpoint = last_checkpoint(tmp_path / "cut")
+    assert checkpoint.name in ("checkpoint-3", "checkpoint-4")
+    resumed = trained(REPO(), fresh(), output_dir=str(tmp_path / "cut"), resume=str(checkpoint), **plan)
+    assert resumed.state.global_step == 7
+    for one, other in ((whole.model, resumed.model), (whole.heads, resumed.heads)):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+    assert [line["loss"] for line in steps_of(resumed)] == [line["loss"] for line in steps_of(whole)]
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+    for name, complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-20", False), ("checkpoint-old", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        if complete:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_holds_the_heads_apart_and_no_pickled_arguments(tmp_path, trained):
+    trainer = trained(REPO(), save_strategy="steps", save_steps=2)
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    assert not (folder / "training_args.bin").exists()
+    assert load_file(folder / "heads.safetensors").keys() == trainer.heads.state_dict().keys()
+    assert not [name for name in load_file(folder / "model.safetensors") if "discriminator" in name]
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+
+
+class BreakAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.transformer.ln_f.weight[0] = float("nan")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_the_checkpoint_stands(tmp_path, trained):
+    with pytest.raises(ExpungeError, match=r"not a number at step 4 .*anchor=nan") as caught:
+        trained(REPO(), callbacks=[BreakAt(3)], max_steps=6, save_strategy="steps", save_steps=2)
+    assert "\n" not in str(caught.value)
+    weights = load_file(last_checkpoint(tmp_path / "checkpoints") / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step: int, times: int = 1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_saves_a_checkpoint_and_stops(tmp_path, trained):
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnInterrupt() as stop:
+        trainer = trained(REPO(), callbacks=[InterruptAt(2), stop], max_steps=6)
+    assert stop.asked
+    assert trainer.state.global_step == 2
+    assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, trained):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopOnInterrupt() as stop:
+        trained(REPO(), callbacks=[InterruptAt(2, times=2), stop], max_steps=6)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_neutral_text_is_anchored_beside_the_pairs(tmp_path, trained, tiny_model, bos_tokenizer, pairs):
+    text = tmp_path / "neutral.txt"
+    text.write_text("The river runs past the old mill and on to the sea. " * 20, encoding="utf-8")
+    lines = steps_of(trained(REPO(), anchor_text=str(text), anchor_tokens=16))
+    assert lines[-1]["anchor_text"] > 0
+    args = config(tmp_path, anchor_text=str(text), anchor_tokens=16)
+    rows = UnlearnTrainer(tiny_model(), REPO(), args, pairs, bos_tokenizer).train_dataset
+    for prompt, window in (rows[i]["anchor"] for i in range(len(rows))):
+        assert prompt == []
+        assert len(window) == 16
+        assert window[0] == bos_tokenizer.bos_token_id
+
+
+def test_neutral_text_that_is_too_short_is_an_error(tmp_path, trained):
+    text = tmp_path / "neutral.txt"
+    text.write_text("Short.", encoding="utf-8")
+    with pytest.raises(ExpungeError, match="shorter than one window"):
+        trained(REPO(), anchor_text=str(text))
+
+
+def test_the_caller_s_model_is_trained_and_cut_pairs_are_counted(trained, tiny_model):
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    trainer = trained(REPO(), model, max_continuation_tokens=5)
+    assert trainer.model is model
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert trainer.truncation.rejected_cut > 0
+
+
+def test_weights_in_half_precision_are_refused(trained, tiny_model):
+    with pytest.raises(ExpungeError, match="the weights are bfloat16, in which small updates round to nothing"):
+        trained(REPO(), tiny_model(dtype=torch.bfloat16))
+
+
+def test_a_half_precision_base_under_lora_is_not(trained, tiny_model):
+    assert steps_of(trained(REPO(), add_lora(tiny_model(dtype=torch.bfloat16), rank=2)))[-1]["anchor"] > 0
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, tiny_model, tokenizer, pairs):
+    args = config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ExpungeError, match="2 GPUs are visible to one process: start it with `accelerate launch`"):
+        UnlearnTrainer(tiny_model(), REPO(), args, pairs, tokenizer)
+
+
+def test_a_layer_that_the_model_does_not_have_is_one_line(trained):
+    with pytest.raises(ExpungeError, match="layer 3: the model has 3 blocks"):
+        trained(REPO(layer=3))
