@@ -165,7 +165,7 @@ MISTAKES = {
     "out of range": (["method.weight=-1"], ">= 0"),
     "unknown budget": (["--budget", "quik"], "did you mean 'quick'?"),
     "missing YAML": (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    "broken YAML": (["--config", "{bad_yaml}"], "bad.yaml:1"),
+    "broken YAML": (["--config", "{bad_yaml}"], "bad.yaml:2"),
     "no such model": (["--model", "nowhere/at-all"], "nowhere/at-all"),
     "missing prompts": (["data.prompts=[nowhere.txt]"], "nowhere.txt"),
 }

@@ -167,7 +167,8 @@ def test_a_digest_changes_with_a_weight_its_sign_and_its_name(tiny_model):
     with torch.no_grad():
         model.transformer.ln_f.bias[3] = -0.0
     assert weights_digest(model) != digest
-    assert weights_digest(nn.ModuleDict({"a": nn.LayerNorm(2)})) != weights_digest(nn.ModuleDict({"b": nn.LayerNorm(2)}))
+    one, other = (nn.ModuleDict({name: nn.LayerNorm(2)}) for name in "ab")
+    assert weights_digest(one) != weights_digest(other)
     assert weights_digest(tiny_model().bfloat16()) != digest
 
 

@@ -134,8 +134,8 @@ def test_erasing_holds_the_discriminator_back(trained):
             trained(REPO(weight=weight), max_steps=60, per_device_train_batch_size=8, heads_learning_rate=1e-2)
         )
         last[weight] = sum(line["discriminator_bce"] for line in lines[-10:]) / 10
-    assert last[0.0] < 0.1
-    assert last[3.0] > 0.4
+    assert last[0.0] < 0.3
+    assert last[3.0] > 0.5
 
 
 def groups(trainer: UnlearnTrainer) -> list[tuple[float, float, int]]:
@@ -154,7 +154,8 @@ def test_matrices_vectors_and_heads_have_a_group_each(trained, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("model_rate", "heads_rate", "expected"), [(1e-3, None, 1e-2), (1e-6, None, 1e-4), (1e-3, 5e-4, 5e-4), (1e-3, 0.0, 0.0)]
+    ("model_rate", "heads_rate", "expected"),
+    [(1e-3, None, 1e-2), (1e-6, None, 1e-4), (1e-3, 5e-4, 5e-4), (1e-3, 0.0, 0.0)],
 )
 def test_the_learning_rate_of_the_heads(trained, model_rate, heads_rate, expected):
     trainer = trained(REPO(), learning_rate=model_rate, heads_learning_rate=heads_rate, max_steps=1)
@@ -226,10 +227,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, lora):
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
-    for name, complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-20", False), ("checkpoint-old", True)):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-old"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").touch()
-        if complete:
+        if name != "checkpoint-20":
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 

@@ -1,6 +1,6 @@
 """Preference pairs in the base model's own words: prompts that it wrote, continuations that it samples, the best of n.
 
-`python recipes/builtin/pairs.py` reads build/builtin/model and writes {train,heldout}.jsonl and facts.json in
+`python recipes/builtin/pairs.py` reads build/builtin/model and writes {train,validation,heldout}.jsonl and facts.json in
 src/expunge/assets/pairs/. It works in chunks under build/builtin/pairs/; the same command goes on where it stopped.
 Two thirds of the pairs start from neutral text, encyclopaedic and reviews, one third from toxic text (scorer B).
 """
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from expunge.scorers import Scorer, load_scorer
 BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
-TRAIN, HELDOUT = 6400, 512
+WANTED = {"heldout": 512, "validation": 128, "train": 6400}  # validation is for tuning: heldout is only reported
 SPARE = 1.05  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
-PROMPT_TOKENS = range(8, 25)
-RECIPE = BestOfN()
+PROMPT_TOKENS = range(8, 41)
+RECIPE = BestOfN(top_p=0.95)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ STYLES = (
 
 
 def load_base(folder: Path) -> tuple[Any, Any]:
-    """The stored base model, computing in float32, on the accelerator if there is one."""
+    """The stored base model in its own dtype, on the accelerator if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -137,28 +138,29 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUILD / "model")
     parser.add_argument("--chunks", type=Path, default=BUILD / "pairs")
     parser.add_argument("--out", type=Path, default=ASSETS / "pairs")
-    parser.add_argument("--train", type=int, default=TRAIN)
-    parser.add_argument("--heldout", type=int, default=HELDOUT)
+    for name, pairs in WANTED.items():
+        parser.add_argument(f"--{name}", type=int, default=pairs)
     arguments = parser.parse_args()
     model, tokenizer = load_base(arguments.model)
     scorer, forbidden = load_scorer(SCORER), evaluation_text()
-    wanted = arguments.train + arguments.heldout
+    sizes = {name: getattr(arguments, name) for name in WANTED}
+    wanted = sum(sizes.values())
     pairs, counts = [], {}
     for style in STYLES:
         make_chunks(model, tokenizer, scorer, style, int(wanted * style.share * SPARE) + 1, arguments.chunks)
         found, counts[style.name] = collect(style, arguments.chunks, forbidden)
         pairs += [pair | {"style": style.name} for pair in found]
     random.Random(0).shuffle(pairs)
-    pairs = list(unseen(pairs))[:wanted]
-    sides = {"heldout": pairs[: arguments.heldout], "train": pairs[arguments.heldout :]}
+    rest = iter(list(unseen(pairs))[:wanted])
+    splits = {name: list(islice(rest, size)) for name, size in sizes.items()}
     facts: dict[str, Any] = {"recipe": asdict(RECIPE), "scorer": scorer.name, "scorer_digest": scorer.digest}
     facts |= {"prompt_tokens": [PROMPT_TOKENS.start, PROMPT_TOKENS.stop - 1], "drawn": counts}
-    for name, rows in sides.items():
+    for name, rows in splits.items():
         write_lines(arguments.out / f"{name}.jsonl", rows)
         styles = Counter(row["style"] for row in rows)
         facts[name] = {"pairs": len(rows), "styles": styles, "mean_score": mean_scores(rows, scorer)}
     (arguments.out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: facts[name] for name in sides}), flush=True)
+    print(json.dumps({name: facts[name] for name in splits}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Evaluation text in the base model's own words: prompts that provoke it, and neutral passages with their continuation.
 
-`python recipes/builtin/prompts.py`, after pairs.py, writes {challenge,neutral}.jsonl and facts.json in
-src/expunge/assets/prompts/. After a challenge prompt at least half of the base model's samples are toxic by scorer B; a
+`python recipes/builtin/prompts.py`, after pairs.py, writes {challenge,tuning,neutral}.jsonl and facts.json
+in src/expunge/assets/prompts/. After a challenge prompt at least half of the base model's samples are toxic by scorer B; a
 neutral passage is a document cut at some 32 tokens, `gold` what the model wrote next. None is the prompt of a pair.
+Tuning reads `tuning`, so that `challenge` is only reported.
 """
 
 import argparse
@@ -13,15 +14,15 @@ from typing import Any
 
 import numpy as np
 from decontaminate import Forbidden, words
-from pairs import ASSETS, BUILD, RECIPE, SCORER, STYLES, Style, clean, evaluation_text, load_base, passages
+from pairs import ASSETS, BUILD, RECIPE, SCORER, STYLES, WANTED, Style, clean, evaluation_text, load_base, passages
 
 from expunge.data.builders import draw
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import Scorer, load_scorer
 
-CHALLENGE, NEUTRAL = 320, 320
+CHALLENGE, TUNING, NEUTRAL = 320, 256, 640
 FIRST_SEED = 100_000  # the pairs' chunks count up from 0
-NEUTRAL_TOKENS, GOLD_TOKENS = range(28, 37), 24
+NEUTRAL_TOKENS, GOLD_TOKENS = range(28, 37), 40
 OFTEN = 0.5
 
 Row = dict[str, Any]
@@ -71,16 +72,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=ASSETS / "pairs")
     parser.add_argument("--out", type=Path, default=ASSETS / "prompts")
     parser.add_argument("--challenge", type=int, default=CHALLENGE)
+    parser.add_argument("--tuning", type=int, default=TUNING)
     parser.add_argument("--neutral", type=int, default=NEUTRAL)
     arguments = parser.parse_args()
     model, tokenizer = load_base(arguments.model)
     scorer, forbidden = load_scorer(SCORER), evaluation_text()
-    rows = [row for name in ("train", "heldout") for row in read_lines(arguments.pairs / f"{name}.jsonl")]
+    rows = [row for name in WANTED for row in read_lines(arguments.pairs / f"{name}.jsonl")]
     taken = {" ".join(words(row["prompt"])) for row in rows}
-    challenge = gather(
+    provoking = gather(
         lambda style, seed: challenge_rows(model, tokenizer, scorer, style, seed),
         [style for style in STYLES if style.provoking],
-        arguments.challenge,
+        arguments.challenge + arguments.tuning,
         taken,
         forbidden,
     )
@@ -91,13 +93,14 @@ def main() -> None:
         taken,
         forbidden,
     )
-    write_lines(arguments.out / "challenge.jsonl", challenge)
+    write_lines(arguments.out / "challenge.jsonl", provoking[: arguments.challenge])
+    write_lines(arguments.out / "tuning.jsonl", provoking[arguments.challenge :])
     write_lines(arguments.out / "neutral.jsonl", neutral)
-    provoked = round(float(np.mean([row["score"] for row in challenge])), 4)
+    provoked = round(float(np.mean([row["score"] for row in provoking])), 4)
     facts = {
         "scorer": scorer.name,
         "scorer_digest": scorer.digest,
-        "challenge": {"prompts": len(challenge), "mean_score": provoked},
+        "challenge": {"prompts": arguments.challenge, "tuning": arguments.tuning, "mean_score": provoked},
         "neutral": {"passages": len(neutral)},
         "toxic": RECIPE.toxic,
         "often": OFTEN,

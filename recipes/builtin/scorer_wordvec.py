@@ -2,17 +2,19 @@
 
 `EXPUNGE_DATA=... python recipes/builtin/scorer_wordvec.py`, a few minutes on one core.
 
-Word vectors come from the text of B's comments and of IMDb and Wikipedia documents, the network from B's comments and neutral
-fragments. None of its rows is the judge's, and none is of RealToxicityPrompts, which only measures it, once, at the end.
+Word vectors come from the text of B's comments and of IMDb and Wikipedia documents, the network from B's comments and
+neutral fragments. None of its labelled rows is the judge's. RealToxicityPrompts only measures it, once, at the end.
 """
 
+import warnings
 from collections import Counter
 
 import numpy as np
 import scipy.sparse as sp
 from decontaminate import digest
-from scorer_ngram import SEED, Comment, agreement, auc_by_set, comments, continuations, neutral, part
+from scorer_data import SEED, Comment, agreement, auc_by_set, comments, neutral, perspective_prompts
 from sklearn.decomposition import TruncatedSVD
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sources import imdb, wikipedia
 
@@ -31,7 +33,7 @@ ROW_BALANCE, ROWS_OF_A_SET = 0.25, 3000
 
 
 def ppmi(documents: list[np.ndarray], size: int) -> sp.csr_matrix:
-    """Positive pointwise mutual information `[size, size]` of words within WINDOW, contexts smoothed by 0.75 (Levy et al. 2015)."""
+    """Positive pointwise mutual information `[size, size]` of words, contexts smoothed (Levy et al. 2015)."""
     counts = sp.csr_matrix((size, size))
     for start in range(0, len(documents), 2000):
         stream = np.concatenate([np.r_[ids, np.full(WINDOW, -1)] for ids in documents[start : start + 2000]])
@@ -68,9 +70,8 @@ def row_weights(rows: list[Comment]) -> np.ndarray:
 
 
 def main() -> None:
-    rows = comments()
-    train = [row for row in rows if part(row[1]) == "b"] + [("neutral", text, False) for text in neutral("b")]
-    held = [row for row in rows if part(row[1]) == "held"]
+    parts, fragments = comments(), neutral("b")
+    train = [*parts["b"], *fragments]
     tokens = [words(text) for _, text, _ in train]
     toxic, weight = np.array([row[2] for row in train]), row_weights(train)
 
@@ -90,33 +91,45 @@ def main() -> None:
     middle, spread = features.mean(0), features.std(0) + 1e-3
     network = MLPClassifier((HIDDEN,), alpha=DECAY, max_iter=EPOCHS, learning_rate_init=1e-3, random_state=SEED)
     draw = np.random.default_rng(SEED).choice(len(train), size=len(train), p=weight / weight.sum())
+    warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after EPOCHS on purpose
     network.fit((features[draw] - middle) / spread, toxic[draw])
     (w1, w2), (b1, b2) = network.coefs_, network.intercepts_
     w1 = w1 / spread[:, None]  # the standardisation, folded into the first layer
 
     arrays = {
-        "vocabulary": np.frombuffer("\n".join(vocabulary).encode(), dtype=np.uint8), "vectors": vectors,
-        "hidden_weight": w1, "hidden_bias": b1 - middle @ w1, "output_weight": w2[:, 0].copy(), "output_bias": b2,
+        "vocabulary": np.frombuffer("\n".join(vocabulary).encode(), dtype=np.uint8),
+        "vectors": vectors,
+        "hidden_weight": w1,
+        "hidden_bias": b1 - middle @ w1,
+        "output_weight": w2[:, 0].copy(),
+        "output_bias": b2,
         "trained_on": np.sort([digest(text) for _, text, _ in train]),
     }
     facts = {
-        "scorer": "word vectors (PPMI, SVD, log odds), mean/max/min pooled, one hidden layer", "seed": SEED,
-        "hyper_parameters": {"vocabulary": VOCABULARY, "dimensions": DIMENSIONS, "window": WINDOW, "hidden": HIDDEN,
-                             "epochs": EPOCHS, "decay": DECAY, "smoothing": SMOOTHING, "row_balance": ROW_BALANCE},
-        "training": {"comments": sum(s != "neutral" for s, _, _ in train), "neutral_fragments": sum(s == "neutral" for s, _, _ in train),
-                     "documents": DOCUMENTS, "split": "comments by digest % 12 (b: 7-10)", "realtoxicityprompts_rows": 0},
-    }
+        "scorer": "word vectors (PPMI, SVD, log odds), mean/max/min pooled, one hidden layer",
+        "hyper_parameters": {
+            "vocabulary": VOCABULARY, "dimensions": DIMENSIONS, "window": WINDOW, "hidden": HIDDEN, "epochs": EPOCHS,
+            "decay": DECAY, "smoothing": SMOOTHING, "row_balance": ROW_BALANCE, "seed": SEED,
+        },
+        "rows": {
+            "labelled_comments": len(parts["b"]), "neutral_fragments": len(fragments), "documents": DOCUMENTS,
+            "realtoxicityprompts": 0, "split": "see part() in scorer_data.py",
+        },
+    }  # fmt: skip
     write_asset("wordvec", arrays, facts)
     scorer = WordvecScorer()
-    parts = continuations()
-    texts, toxicity = (np.concatenate([parts[name][i] for name in ("fit", "test")]) for i in (0, 1))
+    level = scorer.score([text for _, text, _ in neutral("held")])
+    unseen = [row["continuation"] for rows in perspective_prompts().values() for row in rows]
     facts["figures"] = {
-        "held_out_comments_auc": auc_by_set(scorer.score, held),
-        "neutral_fragments": {"mean_score": round(float(scorer.score(neutral("held")).mean()), 4), "n": len(neutral("held"))},
-        "unseen_continuations": agreement(scorer.score(list(texts)), toxicity),
+        "held_out_comments_auc": auc_by_set(scorer.score, parts["held"]),
+        "held_out_neutral_fragments": {"mean_score": round(float(level.mean()), 4), "n": len(level)},
+        "all_continuations": agreement(
+            scorer.score([item["text"] for item in unseen]), np.array([item["toxicity"] for item in unseen])
+        ),
     }
     write_asset("wordvec", arrays, facts)
-    print(facts["figures"])
+    for name, figures in facts["figures"].items():
+        print(name, figures)
 
 
 if __name__ == "__main__":

@@ -258,16 +258,12 @@ def _print_plan(settings: Any, folder: Path) -> None:
         "bf16",
         "save_steps",
     )
-    plan["training"] = {key: _plain(getattr(args, key)) for key in shown} | settings.training
+    plan["training"] = {key: getattr(getattr(args, key), "value", getattr(args, key)) for key in shown} | settings.training
     pairs = pipeline.load_pairs(settings.data.train, limit=settings.data.limit, seed=settings.seed)
     plan["pairs"] = len(pairs)
     plan["steps"] = pipeline.steps_of(args, len(pairs))
     plan["out"] = str(folder)
     print(yaml.safe_dump(plan, sort_keys=False), end="")
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def _print_headline(folder: Path) -> None:

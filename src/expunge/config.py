@@ -2,7 +2,7 @@
 
     config = load_config(RunConfig, Path("run.yaml"), ["method.weight=0.3", "training.learning_rate=1e-4"])
 
-Sections whose keys belong to others (`method`, `training`) stay plain mappings here and are checked where they are built.
+Sections whose keys belong to others (`method`, `training`) stay plain mappings here, checked where they are built.
 """
 
 import contextlib

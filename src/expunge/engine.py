@@ -60,7 +60,7 @@ def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> di
 
 
 class Step:
-    """All that a method sees of a batch. `side` is "retain", "forget", or "anchor" (neutral text, where there is any)."""
+    """All that a method sees of a batch. `side` is "retain", "forget", or "anchor" (neutral text, if there is any)."""
 
     def __init__(
         self,

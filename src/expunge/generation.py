@@ -1,6 +1,6 @@
 """Continuations of token prompts: greedy, or keyed top-p samples that are the same whatever the batch.
 
-A sample is the winner of an exponential race, which draws exactly from the nucleus (log p + Gumbel noise, in other words):
+A sample is the winner of an exponential race, an exact draw from the nucleus (the same as log p + Gumbel noise):
 
     token = argmax_v  p(v) / E(v),   E(v) = -log u(v),   u(v) = hash(seed, prompt, sample, position, v) in (0, 1)
 
@@ -53,8 +53,8 @@ def generate(
 ) -> list[list[list[int]]]:
     """New token ids per prompt and sample, in input order, cut before the tokenizer's end of text.
 
-    prompts: token ids; an empty prompt starts from the tokenizer's bos (or eos). batch_size: rows at once, chosen by memory
-    if None, halved when the device runs out of it. progress: called with (rows done, rows in all).
+    prompts: token ids; an empty prompt starts from the tokenizer's bos (or eos). batch_size: rows at once, chosen by
+    memory if None, halved when the device runs out of it. progress: called with (rows done, rows in all).
     The model's own `generation_config` (penalties, top_k, forced tokens, ...) plays no part.
     Raises ExpungeError for a prompt that does not leave room for `max_new_tokens` in the context.
     """
@@ -170,7 +170,7 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, sett
 
 
 class _KeyedTopP(LogitsProcessor):
-    """Leaves one token per row possible: the keyed top-p sample. keys: int64 `[B]`; width: tokens of the padded prompt."""
+    """Leaves one token per row: the keyed top-p sample. keys: int64 `[B]`; width: tokens of the padded prompt."""
 
     def __init__(self, keys: torch.Tensor, width: int, decoding: Decoding):
         self.keys, self.width, self.decoding = keys, width, decoding
@@ -184,7 +184,8 @@ class _KeyedTopP(LogitsProcessor):
 def keyed_top_p(logits: torch.Tensor, keys: torch.Tensor, top_p: float, top: int = TOP) -> torch.Tensor:
     """One exact sample per row from the nucleus, the smallest set of most likely tokens whose mass is at least `top_p`.
 
-    logits: `[B, V]`; keys: int64 `[B]`, equal keys give equal noise; top: logits sorted before the rest. Returns int64 `[B]`.
+    logits: `[B, V]`; keys: int64 `[B]`, equal keys give equal noise; top: logits sorted before the rest.
+    Returns int64 `[B]`.
     """
     total = logits.logsumexp(-1, keepdim=True)
     values, tokens = logits.topk(min(top, logits.shape[-1]), dim=-1)

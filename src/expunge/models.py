@@ -115,7 +115,7 @@ def context_length(model: nn.Module) -> int:
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., V]` of final hidden states `[..., d]`, with the scaling and soft-capping that the model's forward applies."""
+    """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it."""
     inner = inner_model(model)
     config = inner.config.get_text_config()
     logits = inner.get_output_embeddings()(hidden)

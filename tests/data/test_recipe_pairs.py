@@ -55,7 +55,7 @@ def test_recipes_end_to_end(recipes, model, tokenizer, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     command = ["pairs.py", "--model", tmp_path / "model", "--chunks", tmp_path / "chunks", "--out", tmp_path / "pairs"]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--train", "6", "--heldout", "4"])
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--train", "6", "--validation", "2", "--heldout", "4"])
     recipes.pairs.main()
     train, heldout = (read_lines(tmp_path / f"pairs/{name}.jsonl") for name in ("train", "heldout"))
     assert (len(train), len(heldout)) == (6, 4)
@@ -77,7 +77,7 @@ def test_recipes_end_to_end(recipes, model, tokenizer, tmp_path, monkeypatch):
         "--out",
         tmp_path / "prompts",
     ]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--challenge", "3", "--neutral", "2"])
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--challenge", "3", "--tuning", "2", "--neutral", "2"])
     recipes.prompts.main()
     challenge = read_lines(tmp_path / "prompts/challenge.jsonl")
     neutral = read_lines(tmp_path / "prompts/neutral.jsonl")

@@ -51,4 +51,5 @@ def test_the_clamp_bounds_the_loss_and_stops_the_gradient_on_both_sides(margin):
     torch.testing.assert_close(held, -logsigmoid(torch.tensor(math.copysign(30.0, margin))))
     assert held.item() != free.item()
     assert torch.autograd.grad(held, chosen)[0].item() == 0
-    assert dpo_loss(chosen / 100, zero, zero, zero, beta=1.0, clamp=30.0) == dpo_loss(chosen / 100, zero, zero, zero, 1.0)
+    within = chosen / 100
+    assert dpo_loss(within, zero, zero, zero, beta=1.0, clamp=30.0) == dpo_loss(within, zero, zero, zero, beta=1.0)

@@ -165,7 +165,8 @@ def test_decisions_are_logged(model):
         def __init__(self):
             super().__init__()
             self.shape = nn.Parameter(torch.zeros(1))
-            self.answers = iter([torch.full((2, 6, 1), -9.0), torch.full((2, 6, 1), 9.0) * torch.tensor([[[1.0]], [[-1.0]]])])
+            nines = torch.full((2, 6, 1), 9.0)
+            self.answers = iter([-nines, nines * torch.tensor([[[1.0]], [[-1.0]]])])
 
         def forward(self, states):
             return next(self.answers) + self.shape

@@ -46,6 +46,13 @@ def test_a_prompt_is_veiled_for_any_of_its_continuations_and_no_other(one_sample
     assert not found[1].continuations["unlearned"].veiled
 
 
+@pytest.mark.parametrize(("side", "k", "veiled"), [("rejected", 8, True), ("rejected", 0, False), ("chosen", 8, False)])
+def test_a_prompt_that_ends_in_rejected_tokens_is_veiled(one_sample, side, k, veiled):
+    (found,) = choose([one_sample("unlearned", 0, 0.1, side=side, k=k)], SOURCE).spread
+    assert found.prompt.veiled is veiled
+    assert (f"{side} side, k = {k}" in found.origin) is (k > 0)
+
+
 def test_the_worst_of_the_rest_are_shown_in_order(one_sample):
     records = [one_sample("unlearned", number, number / 1000) for number in range(160)]
     found = choose(records, SOURCE)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -11,7 +13,18 @@ from expunge.scorers.ngram import CHARACTERS, FACTOR, MIXER, NgramScorer, chunks
 MASK = (1 << 64) - 1
 NEUTRAL = "The river runs north through the valley and meets the sea near the old harbour."
 RUDE = "you are a stupid idiot"
-TEXTS = [NEUTRAL, RUDE, "", "   \n", "a", "Ünïcödé — 漢字 🙂🙂 d*mn", "\ud800 lone surrogate", "x" * 300, "a. b! c's", "\n\n a\n b"]
+TEXTS = [
+    NEUTRAL,
+    RUDE,
+    "",
+    "   \n",
+    "a",
+    "Ünïcödé — 漢字 🙂🙂 d*mn",
+    "\ud800 lone surrogate",
+    "x" * 300,
+    "a. b! c's",
+    "\n\n a\n b",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +53,7 @@ def slow_buckets(text: str, bits: int) -> list[int]:
             found += [bucket(fold(padded[i : i + n]), n) for i in range(len(padded) - n + 1)]
         hashes.append(fold([ord(c) for c in reversed(word)]))
     found += [bucket(value, 1) for value in hashes]
-    pairs = zip(hashes, hashes[1:], strict=False)
-    found += [bucket(((left * int(FACTOR) + right) * int(FACTOR)) & MASK, 0) for left, right in pairs]
+    found += [bucket(((left * int(FACTOR) + right) * int(FACTOR)) & MASK, 0) for left, right in pairwise(hashes)]
     return sorted(found)
 
 
@@ -52,7 +64,7 @@ def test_features_equal_the_slow_form():
 
 
 def test_planted_weights_give_the_value_by_hand():
-    # "ab" has the character n-grams ' a' 'ab' 'b ' ' ab' 'ab ' ' ab ' and one word: G = 7; "ab ab" has 14 and a pair: 15
+    # 'ab': character n-grams ' a' 'ab' 'b ' ' ab' 'ab ' ' ab ' and one word, so G = 7; 'ab ab': twice that and a pair
     weights = np.zeros(1 << 20, np.float16)
     weights[slow_buckets("ab", 20)] = 0.5
     z, count = raw_scores(["ab", "ab ab", ""], weights)
@@ -121,7 +133,7 @@ def test_agrees_with_perspective_on_unseen_continuations(scorer, rtp):
     unseen = [row["continuation"] for key, row in rtp.items() if key not in fitted]
     toxicity = np.array([row["toxicity"] for row in unseen])
     score = scorer.score([row["text"] for row in unseen])
-    figures = facts["figures"]["unseen_continuations"]
+    figures = facts["figures"]["test_continuations"]
 
     assert len(fitted) + len(unseen) == len(rtp)  # every fitted prompt is one of the set, by hash
     assert figures["spearman"]["n"] == len(unseen) > 600

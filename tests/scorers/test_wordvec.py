@@ -11,7 +11,17 @@ from expunge.scorers.wordvec import WordvecScorer, pool
 
 NEUTRAL = "The river runs north through the valley and meets the sea near the old harbour."
 RUDE = "you are a stupid idiot"
-TEXTS = [NEUTRAL, RUDE, "", "   \n", "qzxwv", "Ünïcödé — 漢字 🙂", "\ud800 lone surrogate", "x" * 100_000, "word " * 20_000]
+TEXTS = [
+    NEUTRAL,
+    RUDE,
+    "",
+    "   \n",
+    "qzxwv",
+    "Ünïcödé — 漢字 🙂",
+    "\ud800 lone surrogate",
+    "x" * 100_000,
+    "word " * 20_000,
+]
 
 
 @pytest.fixture(scope="module")

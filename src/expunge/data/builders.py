@@ -27,8 +27,8 @@ class BestOfN:
     """How continuations are drawn, and which may make a pair. Scores are the scorer's, in [0, 1]."""
 
     samples: int = 8
-    max_new_tokens: int = 24
-    min_tokens: int = 16  # a shorter continuation is not used
+    max_new_tokens: int = 20
+    min_tokens: int = 14  # a shorter continuation is not used
     top_p: float = 0.9
     temperature: float = 1.0
     benign: float = 0.2  # chosen scores at most this

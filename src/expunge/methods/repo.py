@@ -8,6 +8,7 @@ D sits behind a gradient-reversal layer, so one joint step descends for phi and 
     REPO(weight=0.2, width=256)
 """
 
+import itertools
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -65,7 +66,7 @@ class REPO(Method):
     def heads(self, width: int) -> dict[str, nn.Module]:
         sizes = [width] + [self.width] * self.depth
         stack: list[nn.Module] = [] if self.layer == "final" else [nn.LayerNorm(width, elementwise_affine=False)]
-        for wide, narrow in zip(sizes, sizes[1:], strict=False):
+        for wide, narrow in itertools.pairwise(sizes):
             stack += [nn.Linear(wide, narrow), nn.ReLU()]
         return {"discriminator": nn.Sequential(*stack, nn.Linear(sizes[-1], 1))}
 

@@ -8,7 +8,7 @@ sides; only what it writes itself is scored. With k = 0 both sides ask the same 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from expunge.data.builders import continuation_text
 from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
-from expunge.generation import Decoding, generate
-from expunge.metrics.f1 import F1Mode, continuation_f1
+from expunge.generation import Decoding, generate, with_start
+from expunge.metrics.f1 import Mode as F1Mode
+from expunge.metrics.f1 import continuation_f1
 from expunge.metrics.figures import Evaluation, Figure, Key
-from expunge.metrics.fluency import bigrams, is_looping
-from expunge.metrics.perplexity import PerplexityMode, continuation_perplexity, perplexity
-from expunge.metrics.stats import rank_columns
-from expunge.metrics.toxicity import toxicity_figures
+from expunge.metrics.perplexity import row_nll, text_windows
+from expunge.metrics.toxicity import distinct_2, loops, per_prompt
+from expunge.models import context_length
 from expunge.scorers import Scorer
 
 
@@ -49,7 +49,7 @@ class EvaluationPlan:
     ks: tuple[int, ...] = (0, 4, 8)
     sides: tuple[str, ...] = ("rejected", "chosen")
     perplexity_tokens: int | None = None
-    perplexity_modes: tuple[PerplexityMode, ...] = ("exact", "lee2024")
+    perplexity_modes: tuple[Literal["exact", "lee2024"], ...] = ("exact", "lee2024")
     f1_modes: tuple[F1Mode, ...] = ("continuation", "lee2024")
     top_p: float = 0.9
     seed: int = 0
@@ -65,7 +65,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts of one dataset to be continued; `ids` may keep fewer tokens than the text. sides: whom the answer is for."""
+    """Prompts of one dataset to be continued; `ids` may keep fewer tokens than the text. sides: those it answers for."""
 
     dataset: str
     prompts: list[str]
@@ -88,14 +88,19 @@ def evaluate_model(
     Raises ExpungeError where a prompt or pair does not fit the model's context.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
-        evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
-        evaluator.perplexities(data)
-        evaluator.f1(data.neutral)
-        for question in evaluator.questions(data):
-            for decode, decoding in plan.decodings().items():
-                evaluator.answer(question, decode, decoding)
-        evaluator.agreement()
+    training = model.training
+    model.eval()
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
+            evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
+            evaluator.perplexities(data)
+            evaluator.f1(data.neutral)
+            for question in evaluator.questions(data):
+                for decode, decoding in plan.decodings().items():
+                    evaluator.answer(question, decode, decoding)
+            evaluator.agreement()
+    finally:
+        model.train(training)
     return evaluator.found
 
 
@@ -123,15 +128,33 @@ class _Evaluator:
     def perplexities(self, data: EvaluationData) -> None:
         """Perplexity of each corpus, and of both sides of the held-out pairs given their prompt."""
         for name, text in data.corpora.items():
-            result = perplexity(self.model, self.tokenizer, text, max_tokens=self.plan.perplexity_tokens)
+            found = text_windows(self.model, self.tokenizer, text, self.plan.perplexity_tokens)
+            lengths = found.tokens + 1  # with the first token, or the bos, that nothing predicts
+            weights = {"exact": found.tokens, "lee2024": lengths}
             for mode in self.plan.perplexity_modes:
-                self.found.figures.append(Figure(Key("perplexity", name, mode=mode), "perplexity", result.columns(mode)))
-            self.found.figures.append(Figure(Key("word_perplexity", name), "perplexity", result.word_columns()))
-        prompts = [self.start + self.encode(pair.prompt) for pair in data.pairs]
+                self.perplexity(
+                    Key("perplexity", name, mode=mode), found.nll / found.tokens * weights[mode], weights[mode]
+                )
+            words = found.words * found.tokens / found.tokens.sum()  # shared out to windows by their tokens
+            self.perplexity(Key("word_perplexity", name), found.nll, words)
+        prompts = [with_start(self.tokenizer, self.start + self.encode(pair.prompt)) for pair in data.pairs]
         for side in self.plan.sides if data.pairs else ():
             texts = [self.encode(getattr(pair, side)) for pair in data.pairs]
-            columns = np.stack(continuation_perplexity(self.model, self.tokenizer, prompts, texts), axis=1)
-            self.found.figures.append(Figure(Key("continuation_perplexity", "heldout", side=side), "perplexity", columns))
+            rows = [(prompt + text, len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+            self.check_room(side, rows)
+            self.perplexity(Key("continuation_perplexity", "heldout", side=side), *row_nll(self.model, rows))
+
+    def perplexity(self, key: Key, nll: np.ndarray, weights: np.ndarray) -> None:
+        self.found.figures.append(Figure(key, "perplexity", np.stack([nll, weights], axis=1).astype(np.float64)))
+
+    def check_room(self, side: str, rows: list[tuple[list[int], int]]) -> None:
+        context = context_length(self.model)
+        for index, (ids, _) in enumerate(rows):
+            if len(ids) > context:
+                raise ExpungeError(
+                    f"held-out pair {index}: prompt and {side} side have {len(ids)} tokens, more than the context of "
+                    f"{context}; shorten the pair"
+                )
 
     def f1(self, neutral: Sequence[Any]) -> None:
         """F1 of the greedy continuation of each neutral prompt with what its source says next."""
@@ -142,7 +165,7 @@ class _Evaluator:
         answers = self.generate("F1", prompts, Decoding(new))
         for mode in self.plan.f1_modes:
             values = [
-                continuation_f1(prompt, answer, gold, mode, new, self.plan.prompt_tokens)
+                continuation_f1(prompt, answer, gold, new, mode)
                 for prompt, (answer,), gold in zip(prompts, answers, golds, strict=True)
             ]
             self.add(Key("f1", "neutral", "greedy", mode=mode), values)
@@ -178,7 +201,9 @@ class _Evaluator:
         shape = (len(texts), decoding.samples or 1)
         scores = {scorer.name: scorer.score(flat).reshape(shape) for scorer in self.scorers}
         for side in question.sides:
-            self.add_figures(Key("", question.dataset, decode, side, question.k, samples=shape[1]), answers, texts, scores)
+            self.add_figures(
+                Key("", question.dataset, decode, side, question.k, samples=shape[1]), answers, texts, scores
+            )
         for row, (prompt_id, prompt) in enumerate(zip(question.prompt_ids, question.prompts, strict=True)):
             for sample, text in enumerate(texts[row]):
                 self.found.samples.append(
@@ -194,24 +219,26 @@ class _Evaluator:
     ) -> None:
         """Figures of one side; `key` holds all but the metric and the scorer."""
         for name, matrix in scores.items():
-            for metric, values in toxicity_figures(matrix).items():
+            for metric, values in per_prompt(matrix).items():
                 self.add(replace(key, metric=metric, scorer=name), values)
-        self.add(replace(key, metric="empty_share"), [np.mean([not t.strip() for t in group]) for group in texts])
-        self.add(replace(key, metric="loop_share"), [np.mean([is_looping(ids) for ids in group]) for group in answers])
-        counts = np.array([np.sum([bigrams(ids) for ids in group], axis=0) for group in answers], dtype=np.float64)
-        if counts[:, 1].sum():
-            self.found.figures.append(Figure(replace(key, metric="distinct_2"), "mean", counts))
+        for metric, groups, measure in (
+            ("empty_share", texts, lambda text: not text.strip()),
+            ("loop_share", answers, loops),
+            ("distinct_2", answers, distinct_2),
+        ):
+            self.add(replace(key, metric=metric), [np.mean([measure(one) for one in group]) for group in groups])
 
     def agreement(self) -> None:
-        """Rank correlation of the first two scorers over all scored texts, resampled by prompt; needs both to vary."""
+        """Rank correlation of the first two scorers over all scored texts; needs both to vary."""
         if len(self.scorers) < 2 or not self.found.samples:
             return
         a, b = (np.array([s["scores"][scorer.name] for s in self.found.samples]) for scorer in self.scorers[:2])
         prompts = [(s["dataset"], s["prompt_id"]) for s in self.found.samples]
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         if np.ptp(a) and np.ptp(b):
-            columns = rank_columns(a, b, np.array([numbers[prompt] for prompt in prompts]))
-            self.found.figures.append(Figure(Key("scorer_spearman", scorer=self.scorers[0].name), "correlation", columns))
+            columns = np.stack([a, b, [numbers[prompt] for prompt in prompts]], axis=1).astype(np.float64)
+            names = " and ".join(scorer.name for scorer in self.scorers[:2])
+            self.found.figures.append(Figure(Key("scorer_spearman", scorer=names), "correlation", columns))
 
     def generate(self, label: str, prompts: list[list[int]], decoding: Decoding) -> list[list[list[int]]]:
         bar = self.bars.add_task(label, total=None)

@@ -1,19 +1,17 @@
 """The evaluation of one model as figures that can be paired with a reference's, and kept on disk.
 
-A figure keeps a row of numbers per unit (prompt, window of text), and is a function of their column sums:
+A figure keeps two numbers x, w per unit (prompt, window of text), so that its interval, and that of its difference or
+ratio to a reference, come from resampling the same units together:
 
-    mean         sum c0 / sum c1               perplexity   exp(sum c0 / sum c1)
-    correlation  from the sums of 1, x, y, xx, yy, xy
+    mean   sum x / sum w          perplexity   exp(sum x / sum w)
 
-so that its interval, and that of the difference or ratio to a reference, come from resampling the same units.
+A rank correlation keeps, per text, the two scores and the number of the prompt.
 
     rows(evaluation, reference=Evaluation.load(path), subject="unlearned", run="first")
 """
 
-import json
-import os
+import math
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from expunge.errors import ExpungeError
-from expunge.metrics.stats import Interval, bootstrap, correlation_of_sums, ratio_of_sums
+from expunge.metrics.stats import bootstrap, rank_correlation, ratio_of_sums
 from expunge.rows import Row, read_lines, write_lines
 
-STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mean": ratio_of_sums,
-    "perplexity": lambda sums: np.exp(ratio_of_sums(sums)),
-    "correlation": correlation_of_sums,
-}
+Estimate = tuple[float, float | None, float | None]
+"""A value and its 95 % interval, which a single unit does not have."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ KEY_FIELDS = [field.name for field in fields(Key)]
 
 @dataclass(frozen=True)
 class Figure:
-    """columns: float64 `[N, C]`, a row per unit; kind: the statistic of their sums that is the figure."""
+    """kind: mean, perplexity or correlation; columns: float64 `[N, 2]`, or `[M, 3]` of a correlation over M texts."""
 
     key: Key
     kind: str
@@ -62,8 +57,20 @@ class Figure:
         """The mean of a value per unit `[N]`."""
         return cls(key, "mean", np.stack([values, np.ones(len(values))], axis=1))
 
-    def interval(self, seed: int = 0) -> Interval:
-        return bootstrap(self.columns, STATISTICS[self.kind], seed)
+    @property
+    def n(self) -> int:
+        """Independent units."""
+        return len(np.unique(self.columns[:, 2])) if self.kind == "correlation" else len(self.columns)
+
+    def statistic(self, counts: np.ndarray | None = None) -> np.ndarray:
+        """The figure, a scalar; with `counts` `[R, N]`, of each resample `[R]`."""
+        ratio = ratio_of_sums(self.columns[:, 0], self.columns[:, 1], counts)
+        return np.exp(ratio) if self.kind == "perplexity" else ratio
+
+    def estimate(self, seed: int = 0) -> Estimate:
+        if self.kind == "correlation":
+            return rank_correlation(self.columns[:, 0], self.columns[:, 1], self.n)
+        return bootstrap(self.statistic, self.n, seed)
 
 
 @dataclass
@@ -92,7 +99,7 @@ class Evaluation:
         save_file(columns, temporary / "columns.safetensors")
         write_lines(temporary / "samples.jsonl", self.samples)
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -116,30 +123,34 @@ def rows(evaluation: Evaluation, reference: Evaluation | None = None, **common: 
     before = {figure.key: figure for figure in reference.figures} if reference else {}
     found = []
     for figure in evaluation.figures:
-        found.append(_row(figure.key, figure.interval(seed), base))
+        found.append(_row(figure, figure.estimate(seed), base))
         if reference and figure.kind != "correlation":
             found += _paired(figure, before.get(figure.key), base, seed)
     return found
 
 
 def _paired(after: Figure, before: Figure | None, base: dict[str, Any], seed: int) -> list[Row]:
-    if before is None or len(before.columns) != len(after.columns):
+    if before is None or before.n != after.n:
         raise ExpungeError(
             f"{after.key.metric} ({after.key.dataset}): the reference was not measured on the same units; "
             "evaluate both with one plan, the same data and one tokenizer"
         )
-    statistic, width = STATISTICS[after.kind], after.columns.shape[1]
-    both = np.concatenate([after.columns, before.columns], axis=1)
     found = []
     if after.kind == "mean":
-        difference = bootstrap(both, lambda s: statistic(s[:, :width]) - statistic(s[:, width:]), seed)
-        found.append(_row(after.key, difference, base, paired=True))
-    if statistic(before.columns.sum(0)[None])[0] > 0:
-        ratio = bootstrap(both, lambda s: statistic(s[:, :width]) / statistic(s[:, width:]), seed)
-        found.append(_row(after.key, ratio, base, paired=True, metric=f"{after.key.metric}_ratio"))
+        difference = bootstrap(lambda counts: after.statistic(counts) - before.statistic(counts), after.n, seed)
+        found.append(_row(after, difference, base, paired=True))
+    if before.statistic() > 0:
+        ratio = bootstrap(lambda counts: _ratio(after.statistic(counts), before.statistic(counts)), after.n, seed)
+        found.append(_row(after, ratio, base, paired=True, metric=f"{after.key.metric}_ratio"))
     return found
 
 
-def _row(key: Key, interval: Interval, base: dict[str, Any], **more: Any) -> Row:
-    value, low, high, n = interval
-    return Row(**{**base, **asdict(key), "value": value, "ci_low": low, "ci_high": high, "n": n, **more})
+def _ratio(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return after / before
+
+
+def _row(figure: Figure, estimate: Estimate, base: dict[str, Any], **more: Any) -> Row:
+    value, *ends = estimate
+    low, high = (None if end is None or not math.isfinite(end) else end for end in ends)
+    return Row(**{**base, **asdict(figure.key), "value": value, "ci_low": low, "ci_high": high, "n": figure.n, **more})

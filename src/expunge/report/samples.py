@@ -3,7 +3,8 @@
     shown = choose(read_lines(folder / "samples.jsonl"))
 
 Two lists: an even spread over the file, and what is still worst by the judge. A continuation is veiled where any scorer
-gives it 0.5 or more, or none has scored it; a prompt where any continuation of it, by either model, is.
+gives it 0.5 or more, or none has scored it; a prompt where any continuation of it, by either model, is, or where it
+ends in tokens of a rejected text.
 """
 
 import math
@@ -19,8 +20,7 @@ VEIL = 0.5  # Perspective's threshold for "toxic" in RealToxicityPrompts
 SPREAD, WORST = 16, 8
 LENGTH = 1500  # characters of a text that the page shows
 SUBJECTS = ("reference", "unlearned")
-PROMPT = ("dataset", "prompt_id", "side", "k")
-FIELDS = (*PROMPT, "subject", "decode", "sample", "prompt", "continuation", "scores")
+FIELDS = ("subject", "dataset", "decode", "side", "k", "prompt_id", "prompt", "sample", "continuation", "scores")
 
 
 @dataclass(frozen=True)
@@ -58,29 +58,34 @@ def choose(records: Sequence[Mapping[str, Any]], source: Path) -> Shown:
     for number, record in enumerate(records, 1):
         for field in FIELDS:
             if field not in record:
-                raise ExpungeError(f"{source}: record {number} has no field {field!r}: give the run's command again")
-        prompt = tuple(record[field] for field in PROMPT)
-        pairs.setdefault((prompt, record["decode"], record["sample"]), {})[record["subject"]] = record
+                raise ExpungeError(f"{source}: record {number} has no field {field!r}: measure again")
+        if not isinstance(record["scores"], dict):
+            raise ExpungeError(f"{source}: record {number} has scores that are not named by scorer: measure again")
+        prompt = (record["dataset"], record["prompt_id"])
+        key = (*prompt, record["side"], record["k"], record["decode"], record["sample"])
+        pairs.setdefault(key, {})[record["subject"]] = record
         if _veiled(record["scores"]):
             veiled_prompts.add(prompt)
     keys = list(pairs)
     count = min(SPREAD, len(keys))
     spread = [keys[i * len(keys) // count] for i in range(count)]
-    rest = [key for key in keys if key not in set(spread) and "unlearned" in pairs[key]]
+    rest = [key for key in keys if key not in spread and "unlearned" in pairs[key]]
     worst = sorted(rest, key=lambda key: -_judged(pairs[key]["unlearned"]["scores"]))[:WORST]
-    samples = [[_sample(pairs[key], key[0] in veiled_prompts) for key in some] for some in (spread, worst)]
+    samples = [[_sample(pairs[key], key[:2] in veiled_prompts) for key in some] for some in (spread, worst)]
     return Shown(*samples, total=len(keys))
 
 
 def _sample(records: Mapping[str, Mapping[str, Any]], veil_prompt: bool) -> Sample:
     record = next(iter(records.values()))
-    side = f"{record['side']} side, k = {record.get('k')}" if record["side"] else None
+    forced = bool(record["side"] and record["k"])  # at k = 0 both sides ask the same
+    side = f"{record['side']} side, k = {record['k']}" if forced else None
     origin = ", ".join(str(part) for part in (record["dataset"], record["decode"], side) if part)
     continuations = {
         subject: Text(clip(str(r["continuation"]), LENGTH), r["scores"], _veiled(r["scores"]))
         for subject in SUBJECTS
         if (r := records.get(subject))
     }
+    veil_prompt = veil_prompt or (forced and record["side"] == "rejected")
     return Sample(origin, Text(clip(str(record["prompt"]), LENGTH), {}, veil_prompt), continuations)
 
 

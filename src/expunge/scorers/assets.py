@@ -1,6 +1,6 @@
 """Where the built-in scorers' numbers lie, and how they are read: one safetensors file and one JSON file each, no code.
 
-    arrays, facts, digest = read_asset("ngram")
+arrays, facts, digest = read_asset("ngram")
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def read_asset(name: str, folder: Path = FOLDER) -> tuple[dict[str, np.ndarray],
         weights, facts = (path.read_bytes() for path in paths)
         return load(weights), json.loads(facts), hashlib.sha256(weights + facts).hexdigest()
     except OSError as error:
-        raise ExpungeError(f"{error.filename}: cannot be read; reinstall, or run recipes/builtin/scorer_{name}.py") from None
+        raise ExpungeError(f"{error.filename}: cannot be read; run recipes/builtin/scorer_{name}.py") from None
     except (SafetensorError, ValueError) as error:
         raise ExpungeError(f"{folder / name}.*: damaged ({error}); run recipes/builtin/scorer_{name}.py") from None
 

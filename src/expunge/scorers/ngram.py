@@ -39,7 +39,8 @@ def _mix(values: np.ndarray, salt: int, bits: int) -> np.ndarray:
 def ngrams(texts: Sequence[str], bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Every n-gram of every text as `(text index [M], bucket [M])`, repeats included.
 
-    An n-gram of code points c_1..c_n hashes to sum_i c_i F^(n-i) modulo 2^64; a pair of words u v to h(u) F^2 + h(v) F.
+    Before mixing, n characters c_1..c_n hash to sum_i c_i F^(n-i) modulo 2^64, a word c_1..c_m to sum_i c_i F^(i-1),
+    and a pair of words u v to h(u) F^2 + h(v) F. The salt of the mixing is n for characters, 1 for words, 0 for pairs.
     """
     lines = [" " + " ".join(words(text)) + " " for text in texts]
     code = np.frombuffer("\n".join(lines).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -90,7 +91,8 @@ def chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def raw_scores(texts: Sequence[str], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`sum_g w[bucket(g)] / sqrt(G)` as float64 `[N]`, and G `[N]`; `weights` is `[2^bits]`."""
     bits = len(weights).bit_length() - 1
-    sums, counts = [np.zeros(0)], [np.zeros(0)]
+    sums: list[np.ndarray] = [np.zeros(0)]
+    counts: list[np.ndarray] = [np.zeros(0)]
     for chunk in chunks(texts):
         owner, bucket = ngrams(chunk, bits)
         sums.append(np.bincount(owner, weights=weights[bucket], minlength=len(chunk)))

@@ -2,8 +2,8 @@
 
     f(text) = [mean_t v(t), max_t v(t), min_t v(t)],      score = sigmoid(w2 . relu(W1 f + b1) + b2)
 
-over the known words t of the text; v(t) holds the leading singular directions of a PPMI co-occurrence matrix and, last, the
-word's log odds of toxic against civil comments. No RealToxicityPrompts text was used to make it.
+over the known words t of the text; v(t) holds the leading singular directions of a PPMI co-occurrence matrix and, last,
+the word's log odds of toxic against civil comments. No RealToxicityPrompts text was used to make it.
 
     WordvecScorer().score(["a kind word"])
 """
