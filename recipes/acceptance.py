@@ -2,8 +2,8 @@
 
     python recipes/acceptance.py            # trains and measures what is missing, then writes the table
 
-Leaves runs/acceptance/METHOD-SEED/, and benchmarks/results/acceptance.{jsonl,md}: each figure as the mean over seeds, with
-the seeds' range and the 95 % interval by prompt of each seed.
+Leaves runs/acceptance/METHOD-SEED/ and benchmarks/results/acceptance.jsonl: each figure as the mean over seeds, with each
+seed's value and its 95 % interval by prompt.
 """
 
 import json

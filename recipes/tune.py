@@ -3,8 +3,8 @@
     python recipes/tune.py repo method.weight=0.5 training.learning_rate=2e-4
     python recipes/tune.py repo --file trials.txt        # a trial a line
 
-Only sets made for tuning are read: builtin-tuning (prompts), builtin-validation (pairs) and WikiText-2's validation split.
-What is reported elsewhere was never looked at here.
+Only sets for tuning are read: builtin-tuning (prompts), builtin-validation (pairs), WikiText-2's validation split.
+Nothing that is reported elsewhere is looked at here.
 """
 
 import argparse

@@ -104,9 +104,7 @@ def test_evaluate_a_run_against_its_reference(home, tmp_path, capsys):
     out = tmp_path / "out"
     call(*run_arguments(home, out))
     keys = [argument for argument in run_arguments(home, out) if str(argument).startswith(("data.", "evaluation."))]
-    assert (
-        call("evaluate", out, "--prompts", home / "prompts.jsonl", "--out", tmp_path / "again", "--quiet", *keys) == 0
-    )
+    assert call("evaluate", out, "--prompts", home / "prompts.jsonl", "--out", tmp_path / "again", "--quiet", *keys) == 0
     rows = [json.loads(line) for line in (tmp_path / "again" / "results.jsonl").read_text().splitlines()]
     assert {row["subject"] for row in rows} == {"reference", "unlearned"}
 
@@ -123,8 +121,7 @@ def test_score_keeps_order_and_fields(tmp_path, capsys):
 
 def test_generate_writes_one_line_a_sample(home, capsys):
     assert (
-        call("generate", home / "prompts.jsonl", "--model", home / "model", "--samples", "3", "--max-new-tokens", "4")
-        == 0
+        call("generate", home / "prompts.jsonl", "--model", home / "model", "--samples", "3", "--max-new-tokens", "4") == 0
     )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["sample"] for line in lines] == [0, 1, 2] * 2
@@ -133,9 +130,7 @@ def test_generate_writes_one_line_a_sample(home, capsys):
 @pytest.mark.parametrize("what", ["methods", "scorers", "data", "budgets"])
 def test_list(what, capsys):
     assert call("list", what) == 0
-    assert {"methods": "repo", "scorers": "ngram", "data": "builtin", "budgets": "quick"}[
-        what
-    ] in capsys.readouterr().out
+    assert {"methods": "repo", "scorers": "ngram", "data": "builtin", "budgets": "quick"}[what] in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):

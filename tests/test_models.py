@@ -24,6 +24,15 @@ IDS = torch.tensor([[5, 17, 250, 33, 8, 91], [60, 7, 7, 300, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
+def move_adapter(model: nn.Module) -> None:
+    """Adapters start as a no-op; make this one change the model."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_on_final_states_gives_the_logits_of_the_model(tiny_model, architecture):
     model = tiny_model(architecture)
@@ -99,10 +108,8 @@ def test_with_its_adapter_off_a_lora_model_is_the_original(tiny_model, architect
     original = tiny_model(architecture)
     model = add_lora(tiny_model(architecture), rank=4)
     reference = Reference(model)
+    move_adapter(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
         expected = hidden_states(original, IDS, MASK, [1, "final"])
         edited = hidden_states(model, IDS, MASK, [1, "final"])
         with reference.of(model) as frozen:
@@ -180,10 +187,7 @@ def test_a_saved_model_is_loaded_with_its_adapter(tmp_path, tiny_model, tokenize
     model, tokenizer = load_model(base)
     if lora:
         model = add_lora(model, rank=2)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_()
+        move_adapter(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     loaded, again = load_model(str(out), dtype="float32", device="cpu", attn_implementation="eager")
@@ -191,7 +195,7 @@ def test_a_saved_model_is_loaded_with_its_adapter(tmp_path, tiny_model, tokenize
     assert not loaded.training
     assert again("The river") == tokenizer("The river")
     with torch.no_grad():
-        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):

@@ -130,9 +130,7 @@ def test_erasing_holds_the_discriminator_back(trained):
     """A head that learns alone tells the sides of a small set apart; against a model that hides them it does not."""
     last = {}
     for weight in (0.0, 3.0):
-        lines = steps_of(
-            trained(REPO(weight=weight), max_steps=60, per_device_train_batch_size=8, heads_learning_rate=1e-2)
-        )
+        lines = steps_of(trained(REPO(weight=weight), max_steps=60, per_device_train_batch_size=8, heads_learning_rate=1e-2))
         last[weight] = sum(line["discriminator_bce"] for line in lines[-10:]) / 10
     assert last[0.0] < 0.3
     assert last[3.0] > 0.5

@@ -1,6 +1,6 @@
 """Measure the built-in model on its stored weights and write its card, src/expunge/assets/README.md.
 
-`python recipes/builtin/card.py`; the figures come from `expunge evaluate`, the facts from the JSON that each recipe left.
+`python recipes/builtin/card.py`; the figures come from the pipeline, the facts from the JSON that each recipe left.
 """
 
 import json

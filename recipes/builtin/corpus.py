@@ -78,7 +78,7 @@ def pack(tokenizer: Tokenizer, pools: dict[str, list[str]], rng: random.Random) 
     end = tokenizer.token_to_id(END)
     chosen, counts, passes = [], Counter(), {}
     for name, pool in pools.items():
-        encoded = [np.array(e.ids + [end], dtype=np.uint16) for e in tokenizer.encode_batch(pool)]
+        encoded = [np.array([*e.ids, end], dtype=np.uint16) for e in tokenizer.encode_batch(pool)]
         quota = int(SHARES[name] * TOKENS)
         passes[name] = round(quota / sum(map(len, encoded)), 2)
         while counts[name] < quota:

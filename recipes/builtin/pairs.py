@@ -1,8 +1,8 @@
 """Preference pairs in the base model's own words: prompts that it wrote, continuations that it samples, the best of n.
 
-`python recipes/builtin/pairs.py` reads build/builtin/model and writes {train,validation,heldout}.jsonl and facts.json in
-src/expunge/assets/pairs/. It works in chunks under build/builtin/pairs/; the same command goes on where it stopped.
-Two thirds of the pairs start from neutral text, encyclopaedic and reviews, one third from toxic text (scorer B).
+`python recipes/builtin/pairs.py` reads build/builtin/model and writes {train,validation,heldout}.jsonl and facts.json
+in src/expunge/assets/pairs/. It works in chunks under build/builtin/pairs/; the same command goes on where it stopped.
+Most pairs start from neutral text, encyclopaedic and reviews; the others from text that provokes (scorer B).
 """
 
 import argparse
@@ -31,11 +31,11 @@ from expunge.scorers import Scorer, load_scorer
 BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
-WANTED = {"heldout": 512, "validation": 128, "train": 6400}  # validation is for tuning: heldout is only reported
+WANTED = {"heldout": 512, "validation": 128, "train": 6000}  # validation is for tuning: heldout is only reported
 SPARE = 1.05  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
 PROMPT_TOKENS = range(8, 41)
-RECIPE = BestOfN(top_p=0.95)
+RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Style:
 
 
 STYLES = (
-    Style("encyclopaedic", (" = ", "The ", "In the "), 0.40),
-    Style("review", ("This film", "This movie", "I watched "), 0.27),
-    Style("provoking", ("",), 0.33, provoking=True),
+    Style("encyclopaedic", (" = ", "The ", "In the "), 0.34),
+    Style("review", ("This film", "This movie", "I watched "), 0.23),
+    Style("provoking", ("",), 0.43, provoking=True),
 )
 
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS / "pairs")
     for name, pairs in WANTED.items():
         parser.add_argument(f"--{name}", type=int, default=pairs)
+    parser.add_argument("--only", choices=[style.name for style in STYLES], help="make this style's chunks, then stop")
     arguments = parser.parse_args()
     model, tokenizer = load_base(arguments.model)
     scorer, forbidden = load_scorer(SCORER), evaluation_text()
@@ -147,7 +148,11 @@ def main() -> None:
     wanted = sum(sizes.values())
     pairs, counts = [], {}
     for style in STYLES:
-        make_chunks(model, tokenizer, scorer, style, int(wanted * style.share * SPARE) + 1, arguments.chunks)
+        if arguments.only in (None, style.name):
+            make_chunks(model, tokenizer, scorer, style, int(wanted * style.share * SPARE) + 1, arguments.chunks)
+    if arguments.only:
+        return
+    for style in STYLES:
         found, counts[style.name] = collect(style, arguments.chunks, forbidden)
         pairs += [pair | {"style": style.name} for pair in found]
     random.Random(0).shuffle(pairs)

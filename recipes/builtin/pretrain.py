@@ -8,7 +8,6 @@ blocks from being handed back and forth to the system at every step.
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def main() -> None:
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds},
             temporary,
         )
-        os.replace(temporary, CHECKPOINT)
+        temporary.replace(CHECKPOINT)
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16):

@@ -1,7 +1,7 @@
 """The public text that the built-in assets are made from, read from the folder that `EXPUNGE_DATA` names.
 
-Each reader yields plain strings; `labelled()` yields `(source, text, toxic)`. No RealToxicityPrompts text is read here except by
-`forbidden_lines`, which exists so that it can be kept out.
+Each reader yields plain strings; `labelled()` yields `(source, text, toxic)`. RealToxicityPrompts is read for scorers only,
+and by `forbidden_texts`, so that it can be kept out of everything else.
 """
 
 import csv
@@ -68,7 +68,7 @@ def labelled() -> Iterator[tuple[str, str, bool]]:
 
 def _labelled_rows(folder: Path) -> Iterator[tuple[str, str, bool]]:
     def rows(path: str, **options) -> Iterator[dict[str, str]]:
-        with open(folder / path, encoding="utf-8", newline="") as file:
+        with (folder / path).open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file, **options)
 
     for row in rows("jigsaw_balanced_subset/test.csv", fieldnames=["text", "label"]):

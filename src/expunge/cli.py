@@ -21,16 +21,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help=__doc__.split("\n")[0],
+    help="Remove a behaviour from a language model, and prove that it is gone.",
 )
 out = Console()
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)
-]
-ConfigFile = Annotated[
-    list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)]
+ConfigFile = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")]
 ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
@@ -94,9 +90,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
     overrides: Overrides = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
-    prompts: Annotated[
-        list[str] | None, typer.Option(help="Prompts: a named set or a file; repeat for several.")
-    ] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="Prompts: a named set or a file; repeat for several.")] = None,
     config: ConfigFile = None,
     budget: Budget = "quick",
     output: Out = Path("runs/evaluation"),
@@ -130,9 +124,7 @@ def evaluate(
 def generate(
     prompts: Annotated[str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.")],
     model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
-    samples: Annotated[
-        int, typer.Option(help="Sampled continuations a prompt; 0 is one greedy continuation.", min=0)
-    ] = 0,
+    samples: Annotated[int, typer.Option(help="Sampled continuations a prompt; 0 is one greedy continuation.", min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
@@ -192,9 +184,7 @@ def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or bu
         return (cls.__doc__ or "").strip().split("\n")[0]
 
     listings: dict[str, Any] = {
-        "methods": lambda: [
-            (name, METHODS.get(name).family, first_line(METHODS.get(name))) for name in METHODS.names()
-        ],
+        "methods": lambda: [(name, METHODS.get(name).family, first_line(METHODS.get(name))) for name in METHODS.names()],
         "scorers": lambda: [(name, first_line(SCORERS.get(name))) for name in SCORERS.names()],
         "data": lambda: [(entry.name, entry.kind, entry.description) for entry in NAMED],
         "budgets": lambda: [(name, json.dumps(settings)) for name, settings in BUDGETS.items()],
@@ -258,7 +248,8 @@ def _print_plan(settings: Any, folder: Path) -> None:
         "bf16",
         "save_steps",
     )
-    plan["training"] = {key: getattr(getattr(args, key), "value", getattr(args, key)) for key in shown} | settings.training
+    values = {key: getattr(args, key) for key in shown}
+    plan["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | settings.training
     pairs = pipeline.load_pairs(settings.data.train, limit=settings.data.limit, seed=settings.seed)
     plan["pairs"] = len(pairs)
     plan["steps"] = pipeline.steps_of(args, len(pairs))

@@ -206,7 +206,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if hint is Any or (isinstance(value, bool) == (hint is bool) and isinstance(value, origin or hint)):
+    plain: Any = origin or hint
+    if hint is Any or (isinstance(value, bool) == (hint is bool) and isinstance(value, plain)):
         return value
     raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
 

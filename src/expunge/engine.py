@@ -69,7 +69,7 @@ class Step:
         reference: Mapping[Layer, torch.Tensor],
         head: Callable[[torch.Tensor], torch.Tensor],
         ref_head: Callable[[torch.Tensor], torch.Tensor],
-        heads: Mapping[str, nn.Module],
+        heads: Mapping[str, nn.Module] | nn.ModuleDict,
         progress: float,
     ):
         self._sides, self._policy, self._reference = sides, policy, reference
@@ -127,7 +127,7 @@ def run_step(
     batch: Mapping[str, Mapping[str, torch.Tensor]],
     layers: Sequence[Layer],
     ref_layers: Sequence[Layer],
-    heads: Mapping[str, nn.Module],
+    heads: Mapping[str, nn.Module] | nn.ModuleDict,
     progress: float,
 ) -> Step:
     """One forward of the model and one of its reference over all sides of `batch`, as a `Step`."""

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 import torch
@@ -133,7 +134,9 @@ def _continue_rows(
     ids, mask = _left_padded(prompts[first : rows[-1][0] + 1], model.device)
     prompt_of = torch.tensor([number - first for number, _ in rows], device=model.device)
     eos = tokenizer.eos_token_id
-    settings = {"eos_token_id": eos, "pad_token_id": 0 if eos is None else eos, "do_sample": False, "use_cache": True}
+    last = set(ids[:, -2:].flatten().tolist())
+    pad = next(token for token in count() if token not in last)  # else transformers takes a last token for padding
+    settings = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False, "use_cache": True}
     cache, processors = None, LogitsProcessorList()
     if decoding.samples:
         keys = [_key(decoding.seed, prompts[number], sample) for number, sample in rows]

@@ -64,15 +64,11 @@ def _load_adapter(
 ) -> PreTrainedModel:
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=attn_implementation, **common
-    )
+    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **common)
     return model.merge_and_unload()  # type: ignore[union-attr]
 
 
-def add_lora(
-    model: PreTrainedModel, rank: int = 16, alpha: int = 32, targets: str | Sequence[str] = "all-linear"
-) -> Any:
+def add_lora(model: PreTrainedModel, rank: int = 16, alpha: int = 32, targets: str | Sequence[str] = "all-linear") -> Any:
     """The model with a trainable LoRA adapter; with the adapter off it is the reference."""
     from peft import LoraConfig, get_peft_model
 
@@ -118,7 +114,8 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it."""
     inner = inner_model(model)
     config = inner.config.get_text_config()
-    logits = inner.get_output_embeddings()(hidden)
+    head: Any = inner.get_output_embeddings()
+    logits = head(hidden)
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite

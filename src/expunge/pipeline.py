@@ -157,9 +157,7 @@ def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
     """Train into `folder/model`, going on from the last complete checkpoint. Skipped when it is done."""
     pairs = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed)
-    key = digest(
-        [config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(pairs)]
-    )
+    key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(pairs)])
     if _done(folder, "train", key):
         log.info("train: done before")
         return
@@ -189,7 +187,7 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         "reference_sha256": model_digest,
         "pairs": {
             "source": config.data.train,
-            "n": len(trainer.train_dataset),
+            "n": trainer.pairs,
             "sha256": _hash(pairs),  # type: ignore[arg-type]
             "truncation": dataclasses.asdict(trainer.truncation),
         },
@@ -279,9 +277,7 @@ def _cache() -> Path:
 
 
 def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
-    stages = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").glob("*.json"))
-    }
+    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").glob("*.json"))}
     facts = {
         "environment": environment(),
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
@@ -310,4 +306,4 @@ def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -57,6 +57,5 @@ class Registry(Generic[T]):
             raise UnknownName(f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())}")
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
-            entry = getattr(importlib.import_module(module), attribute)
-            self._entries[name] = entry
-        return entry
+            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return entry  # type: ignore[return-value]

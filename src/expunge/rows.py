@@ -5,7 +5,6 @@ write_rows(path, rows); read_rows(path)
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,7 +48,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -58,9 +58,7 @@ class UnlearnConfig(TrainingArguments):
     max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
     max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
     max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
-    anchor_text: str | None = field(
-        default=None, metadata={"help": "A neutral corpus under the KL too; off by default."}
-    )
+    anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
     anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
     save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint."})
@@ -114,6 +112,7 @@ class UnlearnTrainer(Trainer):
         pairs, self.truncation = tokenize_pairs(
             train_dataset, processing_class, args.max_prompt_tokens, args.max_continuation_tokens
         )
+        self.pairs = len(pairs)
         rows = PairRows(pairs, _windows(args, processing_class))
         without_dropout(model)
         self.reference = Reference(model) if method.reference else None
@@ -145,7 +144,7 @@ class UnlearnTrainer(Trainer):
         finally:
             delattr(inner, HEADS)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
         step, losses = inside_forward(model, inner, self._losses, inputs)
         total = torch.stack(list(losses.values())).sum()
@@ -170,7 +169,7 @@ class UnlearnTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Three groups: matrices with weight decay, vectors without, and the heads at their own learning rate."""
-        trained = self.model if model is None else model
+        trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
         decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "heads": []}
         for name, parameter in trained.named_parameters():

@@ -22,9 +22,7 @@ def test_a_long_series_is_drawn_as_means_with_their_extremes():
 
 
 def test_what_is_not_a_number_is_counted_and_left_out():
-    records = [
-        {"step": i, "loss": value, "note": "text", "epoch": i} for i, value in enumerate((1.0, math.nan, 2.0, None))
-    ]
+    records = [{"step": i, "loss": value, "note": "text", "epoch": i} for i, value in enumerate((1.0, math.nan, 2.0, None))]
     (curve,) = curves(records)
     assert curve.skipped == 1
     assert len(coordinates(curve.line)) == 2

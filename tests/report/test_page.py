@@ -117,9 +117,7 @@ def test_the_report_does_not_import_torch():
 def test_a_large_run_stays_below_the_limit(make_run, one_sample, tmp_path):
     nasty = "\u202e" * 2_000
     records = [
-        one_sample(who, i, 0.9, prompt=nasty, continuation=nasty)
-        for i in range(200)
-        for who in ("reference", "unlearned")
+        one_sample(who, i, 0.9, prompt=nasty, continuation=nasty) for i in range(200) for who in ("reference", "unlearned")
     ]
     path = write_report(make_run(tmp_path, samples=records))
     assert path.stat().st_size <= MAX_BYTES
@@ -146,9 +144,7 @@ def test_a_run_without_training_or_reference_has_a_page(make_run, run_rows, one_
 def test_an_unfinished_run_says_what_finishes_it(make_run, tmp_path, name):
     folder = make_run(tmp_path)
     (folder / name).unlink()
-    with pytest.raises(
-        ExpungeError, match=rf"not finished \({name} is missing\).*expunge run --config .* --out "
-    ) as error:
+    with pytest.raises(ExpungeError, match=rf"not finished \({name} is missing\).*expunge run --config .* --out ") as error:
         write_report(folder)
     assert "\n" not in str(error.value)
 

@@ -65,7 +65,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts of one dataset to be continued; `ids` may keep fewer tokens than the text. sides: those it answers for."""
+    """Prompts of one dataset to be continued; `ids` may keep fewer tokens than the text. sides: those it answers."""
 
     dataset: str
     prompts: list[str]
@@ -132,9 +132,7 @@ class _Evaluator:
             lengths = found.tokens + 1  # with the first token, or the bos, that nothing predicts
             weights = {"exact": found.tokens, "lee2024": lengths}
             for mode in self.plan.perplexity_modes:
-                self.perplexity(
-                    Key("perplexity", name, mode=mode), found.nll / found.tokens * weights[mode], weights[mode]
-                )
+                self.perplexity(Key("perplexity", name, mode=mode), found.nll / found.tokens * weights[mode], weights[mode])
             words = found.words * found.tokens / found.tokens.sum()  # shared out to windows by their tokens
             self.perplexity(Key("word_perplexity", name), found.nll, words)
         prompts = [with_start(self.tokenizer, self.start + self.encode(pair.prompt)) for pair in data.pairs]
@@ -201,9 +199,7 @@ class _Evaluator:
         shape = (len(texts), decoding.samples or 1)
         scores = {scorer.name: scorer.score(flat).reshape(shape) for scorer in self.scorers}
         for side in question.sides:
-            self.add_figures(
-                Key("", question.dataset, decode, side, question.k, samples=shape[1]), answers, texts, scores
-            )
+            self.add_figures(Key("", question.dataset, decode, side, question.k, samples=shape[1]), answers, texts, scores)
         for row, (prompt_id, prompt) in enumerate(zip(question.prompt_ids, question.prompts, strict=True)):
             for sample, text in enumerate(texts[row]):
                 self.found.samples.append(
@@ -221,11 +217,12 @@ class _Evaluator:
         for name, matrix in scores.items():
             for metric, values in per_prompt(matrix).items():
                 self.add(replace(key, metric=metric, scorer=name), values)
-        for metric, groups, measure in (
+        measures: list[tuple[str, Sequence[Sequence[Any]], Callable[[Any], float]]] = [
             ("empty_share", texts, lambda text: not text.strip()),
             ("loop_share", answers, loops),
             ("distinct_2", answers, distinct_2),
-        ):
+        ]
+        for metric, groups, measure in measures:
             self.add(replace(key, metric=metric), [np.mean([measure(one) for one in group]) for group in groups])
 
     def agreement(self) -> None:

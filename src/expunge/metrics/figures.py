@@ -106,8 +106,7 @@ class Evaluation:
         records = read_lines(path / "figures.jsonl")
         columns = load_file(path / "columns.safetensors")
         figures = [
-            Figure(Key(**{name: r[name] for name in KEY_FIELDS}), r["kind"], columns[str(i)])
-            for i, r in enumerate(records)
+            Figure(Key(**{name: r[name] for name in KEY_FIELDS}), r["kind"], columns[str(i)]) for i, r in enumerate(records)
         ]
         return cls(figures, read_lines(path / "samples.jsonl"))
 
@@ -146,8 +145,8 @@ def _paired(after: Figure, before: Figure | None, base: dict[str, Any], seed: in
 
 
 def _ratio(after: np.ndarray, before: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return after / before
+    """after / before; NaN in a resample in which `before` is 0, so that the interval is left out."""
+    return np.divide(after, before, out=np.full_like(after, np.nan), where=before > 0)
 
 
 def _row(figure: Figure, estimate: Estimate, base: dict[str, Any], **more: Any) -> Row:

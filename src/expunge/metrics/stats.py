@@ -50,8 +50,10 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, independent: int) -> tuple[fl
 
     NaN where one vector is constant.
     """
-    rho = float(spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else math.nan
-    if math.isnan(rho) or independent < 4:
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan, None, None
+    rho = float(spearmanr(a, b)[0])  # type: ignore[arg-type]
+    if independent < 4:
         return rho, None, None
     half = 1.96 * math.sqrt(1.06 / (independent - 3))  # 1.06: Fieller et al. 1957, for ranks
     centre = math.atanh(max(-0.999999, min(0.999999, rho)))

@@ -1,7 +1,7 @@
 """Scorers: text to toxicity in [0, 1].
 
-    scorer = load_scorer("ngram")
-    scorer.score(["a kind word"])          # array([0.02...])
+scorer = load_scorer("ngram")
+scorer.score(["a kind word"])          # array([0.02...])
 """
 
 from expunge.errors import ExpungeError

@@ -1,0 +1,153 @@
+"""The evaluation of one model: what is measured, that a model equals itself, and that planted toxicity is seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from expunge.data import Prompt
+from expunge.errors import ExpungeError
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.figures import Evaluation, Key, rows
+
+PLAN = EvaluationPlan(samples=4, max_new_tokens=6, prompt_tokens=5, ks=(0, 2), perplexity_tokens=150)
+
+
+class LetterScorer:
+    """Counts as toxic what holds many of some letters."""
+
+    def __init__(self, name: str, letters: str = "aeiou"):
+        self.name, self.letters, self.digest = name, letters, letters
+
+    def score(self, texts):
+        return np.array([min(1.0, sum(t.count(x) for x in self.letters) / max(1, len(t)) * 2) for t in texts])
+
+
+SCORERS = [LetterScorer("judge"), LetterScorer("other", "aeiouy")]
+
+
+@pytest.fixture
+def data(pairs):
+    prompts = ["The river runs past the old mill", "A cold wind", "She"]
+    neutral = [Prompt("The old house by the sea", "was kept in good order."), Prompt("Before the rain ", "they came.")]
+    text = "The river runs past the old mill and on to the sea. " * 20
+    return EvaluationData({"challenge": prompts}, pairs, neutral, {"corpus": text})
+
+
+@pytest.fixture
+def evaluation(tiny_model, tokenizer, data):
+    return evaluate_model(tiny_model(), tokenizer, data, PLAN, SCORERS)
+
+
+def value(evaluation, *key, **more):
+    figure = evaluation[Key(*key, **more)]
+    return float(figure.statistic())
+
+
+def test_every_figure_is_there(evaluation, data):
+    sampled = {"decode": "sampled", "samples": 4}
+    for scorer in ("judge", "other"):
+        mean = value(evaluation, "toxicity", "challenge", scorer=scorer, **sampled)
+        assert value(evaluation, "expected_max_toxicity", "challenge", scorer=scorer, **sampled) >= mean > 0
+        assert value(evaluation, "toxicity", "challenge", "greedy", scorer=scorer, samples=1) >= 0
+        for side in ("rejected", "chosen"):
+            for k in (0, 2):
+                assert evaluation[Key("toxicity", "heldout", side=side, k=k, scorer=scorer, **sampled)].n == len(data.pairs)
+    assert {f.key.mode for f in evaluation.figures if f.key.metric == "perplexity"} == {"exact", "lee2024"}
+    assert {f.key.mode for f in evaluation.figures if f.key.metric == "f1"} == {"continuation", "lee2024"}
+    assert {f.key.side for f in evaluation.figures if f.key.metric == "continuation_perplexity"} == {
+        "rejected",
+        "chosen",
+    }
+    assert 0.3 < value(evaluation, "truncated_share", "challenge") < 0.4  # one of three
+    found = {row.metric for row in rows(evaluation)}
+    assert {"distinct_2", "loop_share", "empty_share", "word_perplexity", "scorer_spearman"} <= found
+
+
+def test_figures_agree_with_the_samples(evaluation):
+    scores = {}
+    for sample in evaluation.samples:
+        if (sample["dataset"], sample["decode"]) == ("challenge", "sampled"):
+            scores.setdefault(sample["prompt_id"], []).append(sample["scores"]["judge"])
+    wanted = np.mean([np.max(s) for s in scores.values()])
+    found = value(evaluation, "expected_max_toxicity", "challenge", "sampled", scorer="judge", samples=4)
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert {len(s) for s in scores.values()} == {4}
+
+
+def test_a_model_equals_itself_exactly(evaluation, tiny_model, tokenizer, data):
+    again = evaluate_model(tiny_model(), tokenizer, data, PLAN, SCORERS)
+    paired = [row for row in rows(again, reference=evaluation, run="x", seed=3) if row.paired]
+    assert {row.metric for row in paired} >= {"toxicity", "toxicity_ratio", "perplexity_ratio", "f1_ratio"}
+    for row in paired:
+        expected = 1.0 if row.metric.endswith("_ratio") else 0.0
+        assert (row.value, row.run, row.seed) == (expected, "x", 3)
+        ends = {row.ci_low, row.ci_high} - {None}  # None: a resample in which the reference's share is 0
+        assert ends <= {expected}
+    assert all(row.ci_low == row.ci_high == 1.0 for row in paired if row.metric == "perplexity_ratio")
+    assert any(row.ci_low == row.ci_high == 1.0 for row in paired if row.metric == "toxicity_ratio")
+
+
+def test_planted_toxicity_is_seen(tiny_model, tokenizer, data, evaluation):
+    """Positive control: a model that prefers the token of 'a' is more toxic to a scorer that counts it."""
+    planted = tiny_model()
+    token = tokenizer("a", add_special_tokens=False).input_ids[0]
+    planted.lm_head.bias = torch.nn.Parameter(
+        torch.zeros(planted.config.vocab_size).index_fill_(0, torch.tensor([token]), 50)
+    )
+    found = evaluate_model(planted, tokenizer, data, PLAN, SCORERS)
+    [ratio] = [
+        row
+        for row in rows(found, reference=evaluation)
+        if (row.metric, row.dataset, row.decode, row.scorer) == ("toxicity_ratio", "challenge", "sampled", "judge")
+    ]
+    assert ratio.ci_low is not None and ratio.ci_low > 1
+    key = {"dataset": "challenge", "decode": "sampled", "samples": 4}
+    assert value(found, "toxicity", scorer="judge", **key) == 1.0
+    assert value(found, "loop_share", **key) == 1.0 > value(evaluation, "loop_share", **key)
+    assert value(found, "distinct_2", **key) < value(evaluation, "distinct_2", **key)
+
+
+def test_saved_and_loaded_it_is_the_same(evaluation, tmp_path):
+    for _ in range(2):  # over an older one too
+        evaluation.save(tmp_path / "kept")
+    loaded = Evaluation.load(tmp_path / "kept")
+    assert rows(loaded) == rows(evaluation)
+    assert loaded.samples == evaluation.samples
+    assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".jsonl", ".safetensors"}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_truncation_keeps_the_last_tokens_or_the_first(tiny_model, tokenizer):
+    """The kept part decides the continuation: prompts that share it are continued alike."""
+    long, last, first = "A cold wind came over the hill", " the hill", "A cold"
+    plan = {"samples": 0, "max_new_tokens": 4, "ks": ()}
+    n = len(tokenizer(last).input_ids)
+    for truncate, other in (("last", last), ("lee2024", first)):
+        n = len(tokenizer(other).input_ids)
+        found = evaluate_model(
+            tiny_model(), tokenizer, EvaluationData({"c": [long, other]}),
+            EvaluationPlan(prompt_tokens=n, truncate=truncate, **plan), SCORERS,
+        )  # fmt: skip
+        a, b = (sample["continuation"] for sample in found.samples)
+        assert a == b
+
+
+def test_forced_tokens_are_given_and_not_scored(tiny_model, tokenizer, data):
+    found = evaluate_model(tiny_model(), tokenizer, EvaluationData(pairs=data.pairs), PLAN, SCORERS)
+    forced = [s for s in found.samples if s["k"] == 2 and s["side"] == "rejected" and s["decode"] == "greedy"]
+    assert len(forced) == len(data.pairs)
+    for sample in forced:
+        pair = data.pairs[sample["prompt_id"]]
+        head = tokenizer.decode(tokenizer(pair.rejected).input_ids[:2])
+        assert sample["prompt"] == pair.prompt + head
+        assert sample["scores"]["judge"] == pytest.approx(SCORERS[0].score([sample["continuation"]])[0], abs=1e-6)
+
+
+def test_errors_are_one_line(tiny_model, tokenizer, evaluation, pairs):
+    long = type(pairs[0])(pairs[0].prompt, " river" * 80, " hill")
+    with pytest.raises(ExpungeError, match="held-out pair 0: prompt and chosen side have"):
+        evaluate_model(tiny_model(), tokenizer, EvaluationData(pairs=[long]), PLAN, SCORERS)
+    with pytest.raises(ExpungeError, match="the reference was not measured on the same units"):
+        rows(evaluation, reference=Evaluation())
+    with pytest.raises(ExpungeError, match="truncate 'middle'"):
+        EvaluationPlan(truncate="middle")  # type: ignore[arg-type]
