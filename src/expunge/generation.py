@@ -23,7 +23,7 @@ from expunge.errors import ExpungeError
 from expunge.models import context_length, inner_model
 
 TOP = 1024
-"""Logits that are sorted at every step; a row whose nucleus is wider is sorted in full."""
+"""Logits that are sorted at every step; a row whose nucleus is wider is raced in full, without sorting."""
 
 Row = tuple[int, int]
 """What is generated in one row of a batch: (number of the distinct prompt, number of the sample)."""
@@ -196,8 +196,7 @@ def keyed_top_p(logits: torch.Tensor, keys: torch.Tensor, top_p: float, top: int
     chosen = _race(probs, tokens, keys, top_p)
     wide = (probs.sum(-1) < top_p).nonzero().flatten()
     if top < logits.shape[-1] and len(wide):
-        values, tokens = logits[wide].sort(dim=-1, descending=True)
-        chosen[wide] = _race((values - total[wide]).exp(), tokens, keys[wide], top_p)
+        chosen[wide] = _race_of_all((logits[wide] - total[wide]).exp(), keys[wide], top_p)
     return chosen
 
 
@@ -206,9 +205,29 @@ def _race(probs: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor, top_p: 
     inside = probs.cumsum(-1) - probs < top_p
     widest = int(inside.sum(-1).max())
     nucleus = torch.where(inside, probs, 0.0)[:, :widest]
-    hashed = splitmix64(keys[:, None] + _GOLDEN * (tokens[:, :widest] + 1))
-    uniform = (_shift(hashed, 11).double() + 0.5) * 2.0**-53
-    return tokens.gather(1, (nucleus / -uniform.log()).argmax(-1, keepdim=True)).squeeze(1)
+    arrival = nucleus / _exponential(keys, tokens[:, :widest])
+    return tokens.gather(1, arrival.argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _race_of_all(probs: torch.Tensor, keys: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The same winners from unsorted probabilities `[B, V]`: the first to arrive that lies in the nucleus.
+
+    A token lies in it where those more likely than it have a mass below `top_p`, which takes one sum and no sort.
+    """
+    arrival = probs / _exponential(keys, torch.arange(probs.shape[1], device=probs.device)[None])
+    while True:
+        winner = arrival.argmax(-1, keepdim=True)
+        mass_before = torch.where(probs > probs.gather(1, winner), probs, 0.0).sum(-1)
+        outside = mass_before >= top_p
+        if not outside.any():
+            return winner.squeeze(1)
+        arrival[outside] = arrival[outside].scatter(1, winner[outside], 0.0)
+
+
+def _exponential(keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Exponential noise `[B, K]` that hangs on the row's key `[B]` and on the token."""
+    hashed = splitmix64(keys[:, None] + _GOLDEN * (tokens + 1))
+    return -((_shift(hashed, 11).double() + 0.5) * 2.0**-53).log()
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment and multipliers (Steele et al. 2014), as signed integers

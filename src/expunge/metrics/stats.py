@@ -8,6 +8,7 @@ Units are drawn with replacement; two evaluations of the same units are drawn to
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -16,6 +17,7 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 
+@lru_cache(maxsize=4)
 def resample_counts(units: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """How often each unit is drawn in each resample, `[resamples, units]`; each row sums to `units`."""
     return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
