@@ -55,9 +55,9 @@ class Style:
 
 
 STYLES = (
-    Style("encyclopaedic", (" = ", "The ", "In the "), 0.34),
-    Style("review", ("This film", "This movie", "I watched "), 0.23),
-    Style("provoking", ("",), 0.43, provoking=True),
+    Style("encyclopaedic", (" = ", "The ", "In the "), 0.26),
+    Style("review", ("This film", "This movie", "I watched "), 0.30),
+    Style("provoking", ("",), 0.44, provoking=True),
 )
 
 

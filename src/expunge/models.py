@@ -187,11 +187,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
-        if getattr(inner_model(model).config, name, None):
-            setattr(inner_model(model).config, name, 0.0)
-    for module in model.modules():  # modules that hold the rate themselves: Llama's attention and its kin
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # Llama's attention and its kin
             module.attention_dropout = 0.0  # type: ignore[assignment]
     return model
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import set_seed
 
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
@@ -34,6 +35,9 @@ from expunge.scorers import Scorer, load_scorer
 from expunge.training import StopOnInterrupt, UnlearnConfig, UnlearnTrainer, last_checkpoint
 
 log = logging.getLogger("expunge")
+
+MEASURED = ("evaluation", "data.prompts", "data.heldout", "data.neutral", "data.corpus")
+"""Keys that change what is measured, not what is trained: they may change under the same --out."""
 
 BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
 """Hyper-parameters tuned for the built-in model, by method; other models start from the paper's."""
@@ -130,7 +134,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     wanted = dataclasses.asdict(config)
     if path.exists():
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        difference = _first_difference(found, wanted, "", ignore=("evaluation", "data.prompts", "data.heldout"))
+        difference = _first_difference(found, wanted, "", ignore=MEASURED)
         if difference:
             raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
     elif folder.exists() and any(folder.iterdir()):
@@ -168,6 +172,7 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         config.model, revision=config.revision, dtype="float32", trust_remote_code=config.trust_remote_code
     )
     model_digest = weights_digest(model)
+    set_seed(args.seed)
     if config.lora:
         model = add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
     stop = StopOnInterrupt()
