@@ -1,6 +1,7 @@
 """The pre-training corpus: a seeded mixture of public text, tokenised and packed into rows of one context.
 
-`python recipes/builtin/corpus.py` writes build/builtin/{tokenizer/, corpus.safetensors, corpus.json}.
+`python recipes/builtin/corpus.py` writes build/builtin/{tokenizer/, corpus.safetensors, corpus.json}, and beside itself
+corpus-digests.safetensors: hashes of every line and sentence, by which a test holds that no evaluation text is in it.
 Short comments of one source and label are joined into threads: alone, they would mostly teach the model to stop.
 """
 
@@ -10,13 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from decontaminate import Forbidden
+from decontaminate import Forbidden, digests
 from safetensors.numpy import save_file
 from sources import forbidden_texts, imdb, labelled, wikipedia, wikitext_articles
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 BUILD = Path("build/builtin")
+DIGESTS = Path(__file__).with_name("corpus-digests.safetensors")
 SEED = 0
 VOCABULARY = 8192
 CONTEXT = 256
@@ -95,6 +97,15 @@ def pack(tokenizer: Tokenizer, pools: dict[str, list[str]], rng: random.Random) 
     return rows, {"tokens": dict(counts), "passes": passes, "rows": len(rows)}
 
 
+def corpus_digests(rows: np.ndarray, tokenizer: Tokenizer, at_once: int = 2_000_000) -> np.ndarray:
+    """Sorted int64 hashes of what the rows hold, read back from the token ids that the model is trained on."""
+    stream, found = rows.reshape(-1), set()
+    for start in range(0, len(stream), at_once):
+        text = tokenizer.decode(stream[start : start + at_once].tolist(), skip_special_tokens=False)
+        found |= digests(text.split(END))
+    return np.array(sorted(found), dtype=np.int64)
+
+
 def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
@@ -106,6 +117,7 @@ def main() -> None:
     ).save_pretrained(BUILD / "tokenizer")
     rows, facts = pack(tokenizer, pools, rng)
     save_file({"rows": rows}, BUILD / "corpus.safetensors")
+    save_file({"digests": corpus_digests(rows, tokenizer)}, DIGESTS)
     (BUILD / "corpus.json").write_text(json.dumps({"seed": SEED, "shares": SHARES} | facts, indent=2))
     print(json.dumps(facts), flush=True)
 

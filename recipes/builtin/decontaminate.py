@@ -62,9 +62,11 @@ def main() -> None:
     from safetensors.numpy import save
     from sources import forbidden_texts
 
-    hashes = np.array(sorted(digests(forbidden_texts())), dtype=np.int64)
-    HASHES.write_bytes(save({"digests": hashes}))
-    print(f"{HASHES}: {len(hashes)} hashes")
+    texts = forbidden_texts()
+    whole = {digest(text) for text in texts if len(words(text)) >= LEAST}  # prompts, continuations and lines as they are
+    found = {"digests": digests(texts), "whole": whole}
+    HASHES.write_bytes(save({name: np.array(sorted(some), dtype=np.int64) for name, some in found.items()}))
+    print(f"{HASHES}: " + ", ".join(f"{len(some)} {name}" for name, some in found.items()))
 
 
 if __name__ == "__main__":

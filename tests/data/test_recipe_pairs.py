@@ -16,6 +16,7 @@ from expunge.rows import read_lines
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "src/expunge/assets"
+RECIPES = ROOT / "recipes/builtin"
 
 
 @pytest.fixture
@@ -120,6 +121,16 @@ def test_no_evaluation_text_is_committed(recipes):
         sides = [row[side] for side in ("chosen", "rejected", "gold") if side in row]
         found = recipes.decontaminate.digests([prompt, *sides, *(prompt + side for side in sides)])
         assert not found & forbidden, f"{path.name}: {prompt!r}"
+
+
+def test_no_evaluation_text_was_trained_on():
+    """No whole prompt, continuation or test line; short sentences that English repeats are in both."""
+    trained = load_file(RECIPES / "corpus-digests.safetensors")["digests"]
+    hashes = load_file(ASSETS / "forbidden.safetensors")
+    assert len(trained) > 700_000 and len(hashes["whole"]) > 10_000
+    assert not set(trained.tolist()) & set(hashes["whole"].tolist())
+    shared = set(trained.tolist()) & set(hashes["digests"].tolist())
+    assert 0 < len(shared) < 10  # the control: the two sets of hashes are comparable
 
 
 @pytest.mark.skipif(not committed(), reason="the built-in pairs and prompts are not made yet")
