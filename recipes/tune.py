@@ -3,8 +3,9 @@
     python recipes/tune.py repo method.weight=0.5 training.learning_rate=2e-4
     python recipes/tune.py repo --file trials.txt        # a trial a line
 
-Only sets for tuning are read: builtin-tuning (prompts), builtin-validation (pairs), WikiText-2's validation split.
-Nothing that is reported elsewhere is looked at here.
+Trials train on 2,000 pairs for 3 epochs unless told otherwise (data.limit=null is all). Only sets for tuning are read:
+builtin-tuning (prompts), builtin-validation (pairs), WikiText-2's validation split. Nothing of what is reported elsewhere
+is looked at here.
 """
 
 import argparse
@@ -30,9 +31,10 @@ SETTINGS = {
         "heldout": "builtin-validation",
         "corpus": "wikitext2-valid",
         "neutral": None,
+        "limit": 2000,
     },
     "evaluation": {"samples": 8, "heldout": 128, "forced": [0, 8], "perplexity_tokens": 60_000},
-    "training": {"save_strategy": "no"},
+    "training": {"save_strategy": "no", "num_train_epochs": 3},
 }
 
 

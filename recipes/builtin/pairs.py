@@ -32,7 +32,7 @@ BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
 WANTED = {"heldout": 512, "validation": 128, "train": 6000}  # validation is for tuning: heldout is only reported
-SPARE = 1.05  # pairs made for each that is wanted: some repeat across chunks
+SPARE = 1.12  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
 PROMPT_TOKENS = range(8, 41)
 RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
@@ -55,9 +55,9 @@ class Style:
 
 
 STYLES = (
-    Style("encyclopaedic", (" = ", "The ", "In the "), 0.26),
-    Style("review", ("This film", "This movie", "I watched "), 0.30),
-    Style("provoking", ("",), 0.44, provoking=True),
+    Style("encyclopaedic", (" = ", "The ", "In the "), 0.23),
+    Style("review", ("This film", "This movie", "I watched "), 0.31),
+    Style("provoking", ("",), 0.46, provoking=True),
 )
 
 
