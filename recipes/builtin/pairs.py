@@ -13,13 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from decontaminate import Forbidden, words
+from decontaminate import HASHES, Forbidden, digests, words
+from safetensors.numpy import load_file
 from sources import forbidden_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,12 +93,22 @@ def unseen(pairs: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
             yield pair
 
 
-def clean(texts: Iterable[str], forbidden: Forbidden | None) -> bool:
+@cache
+def forbidden_hashes() -> set[int]:
+    return set(load_file(HASHES)["digests"].tolist())
+
+
+def clean(parts: list[str], forbidden: Forbidden | None) -> bool:
+    """Does no text, line or sentence of prompt and sides repeat evaluation text, and no 13 words in a row?"""
+    head, *sides = parts
+    texts = [*parts, *(head + side for side in sides)]
+    if digests(texts) & forbidden_hashes():
+        return False
     return forbidden is None or not any(forbidden.touches(text) for text in texts)
 
 
 def evaluation_text() -> Forbidden | None:
-    """What no pair may repeat, where EXPUNGE_DATA names it; a test checks the committed files by hash in any case."""
+    """Runs of words that no pair may repeat, where EXPUNGE_DATA names the text; without it, hashes alone decide."""
     return Forbidden(forbidden_texts()) if os.environ.get("EXPUNGE_DATA") else None
 
 
@@ -123,7 +135,7 @@ def collect(style: Style, folder: Path, forbidden: Forbidden | None) -> tuple[li
         [report] = read_lines(path.with_suffix(".report"))
         counts.update({"prompts": report["prompts"], "greedy": report["greedy"]} | report["dropped"])
         pairs += read_lines(path)
-    kept = [p for p in pairs if clean([p["prompt"] + p["chosen"], p["prompt"] + p["rejected"]], forbidden)]
+    kept = [p for p in pairs if clean([p["prompt"], p["chosen"], p["rejected"]], forbidden)]
     counts["overlap with evaluation text"] = len(pairs) - len(kept)
     return kept, counts
 

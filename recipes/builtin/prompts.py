@@ -58,7 +58,7 @@ def gather(
     while len(rows) < wanted:
         for row in rows_of(styles[seed % len(styles)], seed):
             key = " ".join(words(row["prompt"]))
-            if key not in taken and clean([row["prompt"] + row.get("gold", "")], forbidden):
+            if key not in taken and clean([row["prompt"], row.get("gold", "")], forbidden):
                 taken.add(key)
                 rows.append(row)
         seed += 1

@@ -80,6 +80,7 @@ def train(
         _print_plan(settings, output)
         return
     pipeline.build_method(settings.method)
+    pipeline.build_training(settings.training, output, settings.seed)
     pipeline.claim(output, settings)
     pipeline.train(settings, output, quiet)
     out.print(f"model: {output / 'model'}", soft_wrap=True)

@@ -7,6 +7,7 @@ Sections whose keys belong to others (`method`, `training`) stay plain mappings 
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -117,31 +118,34 @@ def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dic
     return build(cls, merged, "")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `1e-4` is a number, and `no`, `yes`, `on`, `off` are text (save_strategy: no)."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
 def parse_value(text: str) -> Any:
-    """A YAML scalar or list; unlike YAML 1.1, `1e-4` is a number."""
+    """A YAML scalar, list or mapping; what is none of these is text."""
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
         return text
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() and value[0] in "+-.0123456789" else value
-        except (ValueError, IndexError):
-            return value
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return value
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ExpungeError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -154,7 +158,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ExpungeError(f"{file}: expected a mapping of keys, found {type(tree).__name__}")
-    return _number(tree)
+    return tree
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     """The whole job into `folder`; returns the rows of `results.jsonl`. Safe to call again after an interruption."""
     config = resolve(config)
     build_method(config.method)  # complain before any work
+    build_training(config.training, folder, config.seed)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     data = evaluation_data(config.data, config.evaluation)
     claim(folder, config)
