@@ -16,6 +16,7 @@ from pathlib import Path
 
 from expunge.config import RunConfig, load_config
 from expunge.pipeline import run
+from expunge.provenance import digest
 
 FIGURES = {
     "sampled": {"metric": "toxicity_ratio", "decode": "sampled", "dataset": "builtin-tuning", "scorer": "ngram"},
@@ -33,14 +34,14 @@ SETTINGS = {
         "neutral": None,
         "limit": 2000,
     },
-    "evaluation": {"samples": 8, "heldout": 128, "forced": [0, 8], "perplexity_tokens": 60_000},
+    "evaluation": {"samples": 5, "heldout": 128, "forced": [0, 8], "perplexity_tokens": 40_000},
     "training": {"save_strategy": "no", "num_train_epochs": 3},
 }
 
 
 def measure(method: str, overrides: list[str]) -> dict:
     """Train one trial and return the ratios to the reference, with the seconds that it took."""
-    folder = Path("runs/tuning")
+    folder = Path("runs/tuning") / digest([method, overrides])[:12]
     shutil.rmtree(folder, ignore_errors=True)
     config = load_config(RunConfig, [], [f"method.name={method}", *overrides], base=SETTINGS)
     started = time.monotonic()

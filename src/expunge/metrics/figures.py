@@ -11,6 +11,7 @@ A rank correlation keeps, per text, the two scores and the number of the prompt.
 """
 
 import math
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -90,8 +91,8 @@ class Evaluation:
         raise KeyError(key)
 
     def save(self, path: Path) -> None:
-        """Write the folder `path` (safetensors and JSON lines) under a temporary name, then rename it."""
-        temporary = path.with_name(path.name + ".tmp")
+        """Write the folder `path` (safetensors and JSON lines) under a temporary name of this process, then rename it."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_lines(temporary / "figures.jsonl", ({"kind": f.kind, **asdict(f.key)} for f in self.figures))
