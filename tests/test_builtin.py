@@ -42,8 +42,8 @@ def test_its_own_neutral_text_is_likely_and_shuffled_words_are_not(builtin):
     words = np.random.default_rng(0).permutation(text.split()).tolist()
     own, shuffled = (text_windows(model, tokenizer, t, 4096) for t in (text, " ".join(words)))
     own_mean, shuffled_mean = (w.nll.sum() / w.tokens.sum() for w in (own, shuffled))
-    assert own_mean < np.log(60)
-    assert shuffled_mean > own_mean + 1
+    assert own_mean < np.log(100)
+    assert shuffled_mean > own_mean + 2
 
 
 @pytest.mark.parametrize("name", ["builtin", "builtin-validation", "builtin-heldout"])
