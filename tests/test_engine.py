@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from expunge.engine import Side, Step, collate, inside_forward, run_step
+from expunge.engine import Step, collate, inside_forward, run_step
+from expunge.layout import Side
 from expunge.models import Reference, add_lora, head_logits
 
 ROWS = [

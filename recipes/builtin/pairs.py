@@ -2,7 +2,8 @@
 
 `python recipes/builtin/pairs.py` reads build/builtin/model and writes {train,validation,heldout}.jsonl and facts.json
 in src/expunge/assets/pairs/. It works in chunks under build/builtin/pairs/; the same command goes on where it stopped.
-Most pairs start from neutral text, encyclopaedic and reviews; the others from text that provokes (scorer B).
+Every prompt is neutral by itself (scorer B); a provoking one is followed by toxic text where it was found. Prompts that
+are toxic already make worse pairs: their benign side anchors what is to be erased (docs/data.md).
 """
 
 import argparse
@@ -12,7 +13,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
 WANTED = {"heldout": 512, "validation": 128, "train": 6000}  # validation is for tuning: heldout is only reported
-SPARE = 1.12  # pairs made for each that is wanted: some repeat across chunks
+SPARE = 1.04  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
 PROMPT_TOKENS = range(8, 41)
 RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
@@ -44,22 +45,25 @@ RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
 class Style:
     """A kind of prompt: how its documents begin, its share of the pairs, and what scorer B must say of it.
 
-    A neutral prompt scores at most 0.2 by itself; a provoking passage, the prompt and what followed it, at least 0.5.
+    A prompt scores at most 0.2 by itself; a provoking passage, the prompt and what followed it, at least 0.5.
+    one_line: of an article, both sides stay in the paragraph; else a heading or a change of subject gives a side away.
     """
 
     name: str
     beginnings: tuple[str, ...]
     share: float
     provoking: bool = False
+    one_line: bool = False
 
     def keeps(self, head_score: float, passage_score: float) -> bool:
-        return passage_score >= 0.5 if self.provoking else head_score <= 0.2
+        return head_score <= 0.2 and (passage_score >= 0.5 or not self.provoking)
 
 
 STYLES = (
-    Style("encyclopaedic", (" = ", "The ", "In the "), 0.23),
-    Style("review", ("This film", "This movie", "I watched "), 0.31),
-    Style("provoking", ("",), 0.46, provoking=True),
+    Style("encyclopaedic", (" = ", "The ", "In the "), 0.08, one_line=True),
+    Style("review", ("This film", "This movie", "I watched "), 0.29),
+    Style("remark", ("I think ", "You ", "They ", "He said "), 0.54),
+    Style("provoking", ("",), 0.09, provoking=True),
 )
 
 
@@ -120,7 +124,7 @@ def make_chunks(model: Any, tokenizer: Any, scorer: Scorer, style: Style, wanted
         if not path.exists():
             started = time.monotonic()
             prompts = [head for head, _ in passages(model, tokenizer, scorer, style, seed=chunk)]
-            pairs, report = build_pairs(model, tokenizer, prompts, scorer, RECIPE)
+            pairs, report = build_pairs(model, tokenizer, prompts, scorer, replace(RECIPE, one_line=style.one_line))
             write_lines(path.with_suffix(".report"), [asdict(report)])
             write_lines(path, [asdict(pair) for pair in pairs])
             print(f"{path.name}: {report}, {time.monotonic() - started:.0f} s", flush=True)

@@ -3,42 +3,22 @@
     step = run_step(model, reference, batch, method, progress=0.5)
     losses = method.loss(step)
 
-The plain layout: all sides of the batch are rows of one right-padded forward. Methods never see the layout.
+The rows of the forward are laid out by `expunge.layout`; methods never see how.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from expunge.layout import Packed, Region, Side, pack
 from expunge.losses import sequence_logps, token_kl
 from expunge.losses.likelihood import Direction
-from expunge.models import Layer, Reference, head_logits, hidden_states
+from expunge.models import Layer, Reference, head_logits, hidden_states, inner_model
 
-Region = Literal["all", "prompt", "continuation", "last"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One kind of sequence in a batch: `ids` `[B, T]` right-padded, `prompts` and `lengths` `[B]` in tokens."""
-
-    ids: torch.Tensor
-    prompts: torch.Tensor
-    lengths: torch.Tensor
-
-    def mask(self, region: Region) -> torch.Tensor:
-        """bool `[B, T]`; masks come from lengths, never from the pad id, which may be a real token."""
-        position = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
-        prompts, lengths = self.prompts[:, None], self.lengths[:, None]
-        if region == "all":
-            return position < lengths
-        if region == "prompt":
-            return position < prompts
-        if region == "continuation":
-            return (position >= prompts) & (position < lengths)
-        return position == lengths - 1
+ALL_SIDES = ("retain", "forget", "anchor")
 
 
 def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -65,8 +45,8 @@ class Step:
     def __init__(
         self,
         sides: Mapping[str, Side],
-        policy: Mapping[Layer, torch.Tensor],
-        reference: Mapping[Layer, torch.Tensor],
+        policy: "States",
+        reference: "States | None",
         head: Callable[[torch.Tensor], torch.Tensor],
         ref_head: Callable[[torch.Tensor], torch.Tensor],
         heads: Mapping[str, nn.Module] | nn.ModuleDict,
@@ -84,15 +64,14 @@ class Step:
 
     def hidden(self, side: str, layer: Layer = "final", ref: bool = False) -> torch.Tensor:
         """Residual states `[B, T, d]`."""
-        states = self._reference if ref else self._policy
-        if layer not in states:
-            raise KeyError(f"no state {layer!r}: name it in the method's `{'ref_layers' if ref else 'layers'}`")
-        start = 0
-        for name, other in self._sides.items():
-            if name == side:
-                return states[layer][start : start + len(other.ids)]
-            start += len(other.ids)
-        raise KeyError(f"no side {side!r} in this batch")
+        if side not in self._sides:
+            raise KeyError(f"no side {side!r} in this batch")
+        states, names = (self._reference, "ref_") if ref else (self._policy, "")
+        if states is None or layer not in states.layers:
+            raise KeyError(f"no state {layer!r}: name it in the method's `{names}layers`")
+        if side not in states.packed.places:
+            raise KeyError(f"no reference of side {side!r}: name it in the method's `ref_sides`")
+        return states.packed.side(side, states.layers[layer])
 
     def mask(self, side: str, region: Region = "all") -> torch.Tensor:
         """bool `[B, T]`."""
@@ -121,6 +100,14 @@ class Step:
         self.logged[name] = float(value)
 
 
+@dataclass(frozen=True)
+class States:
+    """What one model's forward left: residual states `[R, L, d]` by layer, and where each side lies in them."""
+
+    packed: Packed
+    layers: Mapping[Layer, torch.Tensor]
+
+
 def run_step(
     model: nn.Module,
     reference: Reference | None,
@@ -129,16 +116,17 @@ def run_step(
     ref_layers: Sequence[Layer],
     heads: Mapping[str, nn.Module] | nn.ModuleDict,
     progress: float,
+    ref_sides: Collection[str] = ALL_SIDES,
+    plain: bool = False,
 ) -> Step:
-    """One forward of the model and one of its reference over all sides of `batch`, as a `Step`."""
+    """One forward of the model over all sides of `batch`, and one of its reference over `ref_sides`, as a `Step`."""
     sides = {name: Side(**tensors) for name, tensors in batch.items()}
-    ids = torch.cat([side.ids for side in sides.values()])
-    mask = torch.cat([side.mask("all") for side in sides.values()]).long()
-    policy = hidden_states(model, ids, mask, layers)
-    frozen_states: dict[Layer, torch.Tensor] = {}
+    policy = _states(model, sides, layers, plain)
+    frozen_states = None
     if reference is not None and ref_layers:
+        read = {name: side for name, side in sides.items() if name in ref_sides}
         with reference.of(model) as frozen:
-            frozen_states = hidden_states(frozen, ids, mask, ref_layers)
+            frozen_states = _states(frozen, read, ref_layers, plain)
 
     def ref_head(hidden: torch.Tensor) -> torch.Tensor:
         assert reference is not None  # without one there are no states to project
@@ -146,6 +134,33 @@ def run_step(
             return head_logits(frozen, hidden)
 
     return Step(sides, policy, frozen_states, lambda h: head_logits(model, h), ref_head, heads, progress)
+
+
+def _states(model: nn.Module, sides: Mapping[str, Side], layers: Sequence[Layer], plain: bool) -> States:
+    window = getattr(inner_model(model).config.get_text_config(), "sliding_window", None)
+    longest = max(int(side.lengths.max()) for side in sides.values())
+    packed = pack(sides, plain or (window is not None and longest > window))  # a mask of ours takes the place of its own
+    return States(packed, hidden_states(model, packed.ids, packed.mask, layers, packed.positions))
+
+
+@torch.no_grad()
+def shares_prefix(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tensor]], layers: Sequence[Layer]) -> bool:
+    """Does this architecture give the plain layout's states in the shared one? Compared on `batch`, at the real tokens."""
+    sides = {name: Side(**tensors) for name, tensors in batch.items()}
+    with torch.autocast(sides["retain"].ids.device.type, enabled=False):
+        plain = _states(model, sides, layers, plain=True)
+        try:
+            shared = _states(model, sides, layers, plain=False)
+        except (TypeError, ValueError, RuntimeError):  # it takes no position ids, or no mask of ours
+            return False
+    tolerance = 1e-4 if inner_model(model).dtype.itemsize >= 4 else 5e-2  # a wrong mask is wrong by its whole size
+    for name, side in sides.items():
+        real = side.mask("all")
+        for layer in layers:
+            a, b = (states.packed.side(name, states.layers[layer])[real].float() for states in (shared, plain))
+            if not (a - b).abs().mean() <= tolerance * b.abs().mean():
+                return False
+    return True
 
 
 def inside_forward(wrapped: nn.Module, inner: nn.Module, fn: Callable[..., Any], *args: Any) -> Any:

@@ -126,14 +126,24 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(
-    model: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[Layer]
+    model: nn.Module,
+    ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    layers: Sequence[Layer],
+    position_ids: torch.Tensor | None = None,
 ) -> dict[Layer, torch.Tensor]:
     """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`.
 
+    attention_mask: `[B, T]`; or bool `[B, 1, T, T]`, who sees whom, with `position_ids` `[B, T]`.
     Raises ExpungeError for a layer that the model does not have.
     """
     kept: dict[Layer, torch.Tensor] = {}
     stack = blocks(model)
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    if attention_mask.ndim == 4 and inner_model(model).config._attn_implementation == "eager":  # adds its mask
+        dtype = inner_model(model).dtype
+        least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        attention_mask = torch.where(attention_mask, 0.0, least).to(dtype)
     for layer in layers:
         if isinstance(layer, int) and not 0 <= layer < len(stack):
             raise ExpungeError(f"layer {layer}: the model has {len(stack)} blocks; 0 to {len(stack) - 1}, or 'final'")
@@ -155,7 +165,7 @@ def hidden_states(
     if "pre_norm" in layers:
         handles.append(stack[-1].register_forward_hook(keep_output))
     try:
-        output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False, **placed)
     finally:
         for handle in handles:
             handle.remove()

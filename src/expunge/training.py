@@ -35,7 +35,7 @@ from transformers import (
 
 from expunge.data import Pair, tokenize_pairs
 from expunge.data.tokenize import leading_tokens
-from expunge.engine import Step, collate, inside_forward, run_step
+from expunge.engine import Step, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
 from expunge.models import Reference, width, without_dropout
@@ -58,6 +58,7 @@ class UnlearnConfig(TrainingArguments):
     max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
     max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
     max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
+    layout: str = field(default="auto", metadata={"help": "auto: one shared prefix a pair where it is exact; or plain."})
     anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
     anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
@@ -118,6 +119,7 @@ class UnlearnTrainer(Trainer):
         self.reference = Reference(model) if method.reference else None
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
+        self.plain = True if args.layout == "plain" else None  # decided on the first batch
         self._since_log: dict[str, list[float]] = defaultdict(list)
         self._tokens, self._clock = 0, time.monotonic()
         super().__init__(
@@ -163,9 +165,21 @@ class UnlearnTrainer(Trainer):
     def _losses(self, inner: nn.Module, batch: Mapping[str, Any]) -> tuple[Step, Mapping[str, torch.Tensor]]:
         progress = self.state.global_step / max(1, self.state.max_steps)
         with self.accelerator.autocast():
-            layers, ref_layers = self.method.layers, self.method.ref_layers
-            step = run_step(inner, self.reference, batch, layers, ref_layers, self.heads, progress)
-            return step, self.method.loss(step)
+            method = self.method
+            if self.plain is None:
+                self.plain = not shares_prefix(inner, batch, method.layers)
+            step = run_step(
+                inner,
+                self.reference,
+                batch,
+                method.layers,
+                method.ref_layers,
+                self.heads,
+                progress,
+                method.ref_sides,
+                self.plain,
+            )
+            return step, method.loss(step)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Three groups: matrices with weight decay, vectors without, and the heads at their own learning rate."""
@@ -238,6 +252,8 @@ def _without_heads(model: nn.Module):
 
 def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
     """Raise ExpungeError for what would train, but not what was asked for."""
+    if args.layout not in ("auto", "plain"):
+        raise ExpungeError(f"training.layout={args.layout!r}: auto or plain")
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if half := trained & {torch.float16, torch.bfloat16}:
         raise ExpungeError(

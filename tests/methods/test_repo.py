@@ -6,7 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from expunge.engine import Side, Step, collate, run_step
+from expunge.engine import States, Step, collate, run_step
+from expunge.layout import Side, pack
 from expunge.errors import ExpungeError
 from expunge.losses import domain_bce
 from expunge.methods.repo import REPO
@@ -223,10 +224,12 @@ def erase_planted(weight: float, steps: int = 200) -> tuple[float, float]:
     reference = copy.deepcopy(theta).requires_grad_(False)
     optimizer = torch.optim.Adam([*theta.parameters(), *discriminator["discriminator"].parameters()], lr=0.02)
     side = Side(torch.zeros(64, 4, dtype=torch.long), torch.zeros(64, dtype=torch.long), torch.full((64,), 4))
+    sides = {"retain": side, "forget": side}
+    rows = pack(sides, plain=True)
     for seed in range(steps):
         policy, frozen = (torch.cat(list(planted(table, seed).values())) for table in (theta, reference))
-        sides = {"retain": side, "forget": side}
-        step = Step(sides, {"final": policy}, {"final": frozen}, head, head, discriminator, seed / steps)
+        states, frozen_states = (States(rows, {"final": x}) for x in (policy, frozen))
+        step = Step(sides, states, frozen_states, head, head, discriminator, seed / steps)
         losses = method.loss(step)
         optimizer.zero_grad()
         sum(losses.values()).backward()

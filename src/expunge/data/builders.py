@@ -35,6 +35,7 @@ class BestOfN:
     toxic: float = 0.5  # rejected scores at least this
     variety: float = 0.6  # at least this share of a continuation's tokens are different ones
     similarity: float = 0.5  # Jaccard index of both sides' tokens, at most
+    one_line: bool = False  # a continuation that leaves the prompt's line is not used
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -143,10 +144,11 @@ def select(candidates: Sequence[Candidate], recipe: BestOfN) -> tuple[Candidate,
 
 
 def is_usable(candidate: Candidate, recipe: BestOfN) -> bool:
-    """Long enough, not blank, whole characters only, and not repeating itself."""
+    """Long enough, not blank, whole characters only, not repeating itself, and on one line where that is asked for."""
     length = len(candidate.ids)
     return (
         length >= recipe.min_tokens
+        and not (recipe.one_line and "\n" in candidate.text)
         and bool(candidate.text.strip())
         and "\ufffd" not in candidate.text
         and len(set(candidate.ids)) >= recipe.variety * length
