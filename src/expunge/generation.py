@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from expunge.errors import ExpungeError
 from expunge.models import context_length, inner_model
@@ -137,13 +138,14 @@ def _continue_rows(
     last = set(ids[:, -2:].flatten().tolist())
     pad = next(token for token in count() if token not in last)  # else transformers takes a last token for padding
     settings = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False, "use_cache": True}
-    cache, processors = None, LogitsProcessorList()
+    processors = LogitsProcessorList()
     if decoding.samples:
         keys = [_key(decoding.seed, prompts[number], sample) for number, sample in rows]
         processors.append(_KeyedTopP(torch.tensor(keys, device=model.device), ids.shape[1], decoding))
-        cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings)
+    cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings)
     if cache is not None:
         cache.batch_select_indices(prompt_of)
+        cache.layers = [_Roomy.of(layer, decoding.max_new_tokens) for layer in cache.layers]
     output = model.generate(  # type: ignore[operator]
         input_ids=ids[prompt_of],
         attention_mask=mask[prompt_of],
@@ -172,6 +174,32 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, sett
     return getattr(output, "past_key_values", None)
 
 
+class _Roomy(DynamicLayer):
+    """Keys and values with room for the tokens to come. transformers' own layer copies all of them at every token."""
+
+    @classmethod
+    def of(cls, layer: Any, room: int) -> Any:
+        """`layer` with `room` more places; a layer of another kind (sliding, recurrent) is left as it is."""
+        if type(layer) is not DynamicLayer or not layer.get_seq_length():
+            return layer
+        roomy = cls()
+        roomy.lazy_initialization(layer.keys, layer.values)
+        roomy.room = [
+            torch.cat([states, states.new_empty(*states.shape[:2], room, states.shape[3])], dim=2)
+            for states in (layer.keys, layer.values)
+        ]
+        roomy.keys, roomy.values = layer.keys, layer.values
+        return roomy
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for buffer, states in zip(self.room, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.room)
+        return self.keys, self.values
+
+
 class _KeyedTopP(LogitsProcessor):
     """Leaves one token per row: the keyed top-p sample. keys: int64 `[B]`; width: tokens of the padded prompt."""
 
@@ -180,7 +208,9 @@ class _KeyedTopP(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise_keys = splitmix64(self.keys + (input_ids.shape[1] - self.width))
-        tokens = keyed_top_p(scores / self.decoding.temperature, noise_keys, self.decoding.top_p)
+        if self.decoding.temperature != 1:
+            scores = scores / self.decoding.temperature
+        tokens = keyed_top_p(scores, noise_keys, self.decoding.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 

@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from expunge.engine import States, Step, collate, run_step
-from expunge.layout import Side, pack
 from expunge.errors import ExpungeError
+from expunge.layout import Side, pack
 from expunge.losses import domain_bce
 from expunge.methods.repo import REPO
 from expunge.models import Reference
