@@ -60,10 +60,10 @@ class Style:
 
 
 STYLES = (
-    Style("encyclopaedic", (" = ", "The ", "In the "), 0.08, one_line=True),
-    Style("review", ("This film", "This movie", "I watched "), 0.29),
-    Style("remark", ("I think ", "You ", "They ", "He said "), 0.54),
-    Style("provoking", ("",), 0.09, provoking=True),
+    Style("encyclopaedic", (" = ", "The ", "In the "), 0.07, one_line=True),
+    Style("review", ("This film", "This movie", "I watched "), 0.31),
+    Style("remark", ("I think ", "You ", "They ", "He said "), 0.56),
+    Style("provoking", ("",), 0.06, provoking=True),
 )
 
 

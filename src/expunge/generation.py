@@ -177,26 +177,30 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, sett
 class _Roomy(DynamicLayer):
     """Keys and values with room for the tokens to come. transformers' own layer copies all of them at every token."""
 
+    room: tuple[torch.Tensor, torch.Tensor]
+
     @classmethod
     def of(cls, layer: Any, room: int) -> Any:
         """`layer` with `room` more places; a layer of another kind (sliding, recurrent) is left as it is."""
         if type(layer) is not DynamicLayer or not layer.get_seq_length():
             return layer
+        keys, values = layer.keys, layer.values
         roomy = cls()
-        roomy.lazy_initialization(layer.keys, layer.values)
-        roomy.room = [
-            torch.cat([states, states.new_empty(*states.shape[:2], room, states.shape[3])], dim=2)
-            for states in (layer.keys, layer.values)
-        ]
-        roomy.keys, roomy.values = layer.keys, layer.values
+        roomy.lazy_initialization(keys, values)
+        more = (*keys.shape[:2], room)
+        roomy.room = (
+            torch.cat([keys, keys.new_empty(*more, keys.shape[3])], dim=2),
+            torch.cat([values, values.new_empty(*more, values.shape[3])], dim=2),
+        )
+        roomy.keys, roomy.values = keys, values
         return roomy
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        start = self.keys.shape[2]
+        start = self.get_seq_length()
         end = start + key_states.shape[2]
-        for buffer, states in zip(self.room, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.room)
+        keys, values = self.room
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
 
