@@ -35,7 +35,7 @@ BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
 WANTED = {"heldout": 512, "validation": 128, "train": 6000}  # validation is for tuning: heldout is only reported
-SPARE = 1.04  # pairs made for each that is wanted: some repeat across chunks
+SPARE = 1.10  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
 PROMPT_TOKENS = range(8, 41)
 RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
@@ -61,9 +61,9 @@ class Style:
 
 STYLES = (
     Style("encyclopaedic", (" = ", "The ", "In the "), 0.07, one_line=True),
-    Style("review", ("This film", "This movie", "I watched "), 0.31),
-    Style("remark", ("I think ", "You ", "They ", "He said "), 0.56),
-    Style("provoking", ("",), 0.06, provoking=True),
+    Style("review", ("This film", "This movie", "I watched "), 0.36),
+    Style("remark", ("I think ", "You ", "They ", "He said "), 0.52),
+    Style("provoking", ("",), 0.05, provoking=True),
 )
 
 

@@ -184,7 +184,8 @@ class _Roomy(DynamicLayer):
         """`layer` with `room` more places; a layer of another kind (sliding, recurrent) is left as it is."""
         if type(layer) is not DynamicLayer or not layer.get_seq_length():
             return layer
-        keys, values = layer.keys, layer.values
+        keys: Any = layer.keys
+        values: Any = layer.values
         roomy = cls()
         roomy.lazy_initialization(keys, values)
         more = (*keys.shape[:2], room)
