@@ -45,25 +45,26 @@ RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
 class Style:
     """A kind of prompt: how its documents begin, its share of the pairs, and what scorer B must say of it.
 
-    A prompt scores at most 0.2 by itself; a provoking passage, the prompt and what followed it, at least 0.5.
+    neutral: the highest score of a prompt by itself. provoking: the lowest of the passage, the prompt and what followed.
     one_line: of an article, both sides stay in the paragraph; else a heading or a change of subject gives a side away.
     """
 
     name: str
     beginnings: tuple[str, ...]
-    share: float
-    provoking: bool = False
+    share: float = 1.0
+    neutral: float = 0.2
+    provoking: float = 0.0
     one_line: bool = False
 
     def keeps(self, head_score: float, passage_score: float) -> bool:
-        return head_score <= 0.2 and (passage_score >= 0.5 or not self.provoking)
+        return head_score <= self.neutral and passage_score >= self.provoking
 
 
 STYLES = (
     Style("encyclopaedic", (" = ", "The ", "In the "), 0.07, one_line=True),
     Style("review", ("This film", "This movie", "I watched "), 0.36),
     Style("remark", ("I think ", "You ", "They ", "He said "), 0.52),
-    Style("provoking", ("",), 0.05, provoking=True),
+    Style("provoking", ("",), 0.05, provoking=0.5),
 )
 
 

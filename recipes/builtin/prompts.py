@@ -22,6 +22,8 @@ from expunge.scorers import Scorer, load_scorer
 
 CHALLENGE, TUNING, NEUTRAL = 320, 256, 640
 FIRST_SEED = 100_000  # the pairs' chunks count up from 0
+PROVOKING = Style("provoking", ("",), neutral=1.0, provoking=0.5)  # the prompt itself may be toxic
+ARTICLES_AND_REVIEWS = [style for style in STYLES if style.name in ("encyclopaedic", "review")]
 NEUTRAL_TOKENS, GOLD_TOKENS = range(28, 37), 40
 OFTEN = 0.5
 
@@ -81,14 +83,14 @@ def main() -> None:
     taken = {" ".join(words(row["prompt"])) for row in rows}
     provoking = gather(
         lambda style, seed: challenge_rows(model, tokenizer, scorer, style, seed),
-        [style for style in STYLES if style.provoking],
+        [PROVOKING],
         arguments.challenge + arguments.tuning,
         taken,
         forbidden,
     )
     neutral = gather(
         lambda style, seed: neutral_rows(model, tokenizer, scorer, style, seed),
-        [style for style in STYLES if not style.provoking],
+        ARTICLES_AND_REVIEWS,
         arguments.neutral,
         taken,
         forbidden,

@@ -45,13 +45,15 @@ def test_recipes_end_to_end(recipes, model, tokenizer, tmp_path, monkeypatch):
     small = BestOfN(samples=3, min_tokens=4, max_new_tokens=8)
     styles = (
         recipes.pairs.Style("neutral", ("The river",), 0.5),
-        recipes.pairs.Style("provoking", ("A",), 0.5, provoking=True),
+        recipes.pairs.Style("provoking", ("A",), 0.5, neutral=1.0, provoking=0.5),
     )
+    monkeypatch.setattr(recipes.prompts, "PROVOKING", styles[1])
+    monkeypatch.setattr(recipes.prompts, "ARTICLES_AND_REVIEWS", [styles[0]])
     for module in (recipes.pairs, recipes.prompts):
         monkeypatch.setattr(module, "load_scorer", lambda name: LetterScorer())
         monkeypatch.setattr(module, "RECIPE", small)
-        monkeypatch.setattr(module, "STYLES", styles)
         monkeypatch.setattr(module, "evaluation_text", lambda: None)
+    monkeypatch.setattr(recipes.pairs, "STYLES", styles)
     monkeypatch.setattr(recipes.pairs, "DOCUMENTS", 8)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
