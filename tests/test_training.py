@@ -334,3 +334,26 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, tiny_model, tokenizer
 def test_a_layer_that_the_model_does_not_have_is_one_line(trained):
     with pytest.raises(ExpungeError, match="layer 3: the model has 3 blocks"):
         trained(REPO(layer=3))
+
+
+@pytest.mark.parametrize("method", [REPO(weight=1.0), DPO()], ids=["repo", "dpo"])
+def test_both_layouts_train_the_same_model(tmp_path, tiny_model, tokenizer, pairs, method):
+    sgd = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 10}  # Adam makes steps of noise where there is no gradient
+    logits = []
+    for layout in ("plain", "auto"):
+        trainer = UnlearnTrainer(tiny_model(), method, config(tmp_path, layout=layout, **sgd), pairs, tokenizer)
+        trainer.train()
+        assert trainer.plain is (layout == "plain")
+        logits.append(trainer.model(IDS).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_layout_is_one_line(trained):
+    with pytest.raises(ExpungeError, match=r"training\.layout='packed': auto or plain"):
+        trained(REPO(), layout="packed")
+
+
+def test_pairs_beyond_the_context_are_one_line(tiny_model, tokenizer, tmp_path):
+    long = [Pair("a b c d e f g h " * 20, " i j k l " * 20, " m n o p " * 20)]
+    with pytest.raises(ExpungeError, match="the longest pair has 128 tokens, the model's context 64: lower"):
+        UnlearnTrainer(tiny_model(), REPO(), config(tmp_path), long, tokenizer)

@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from expunge.data import Pair, tokenize_pairs
-from expunge.data.tokenize import leading_tokens
+from expunge.data.tokenize import TokenizedPair, leading_tokens
 from expunge.engine import Step, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
-from expunge.models import Reference, width, without_dropout
+from expunge.models import Reference, context_length, width, without_dropout
 
 HEADS = "expunge_heads"
 
@@ -114,6 +114,7 @@ class UnlearnTrainer(Trainer):
             train_dataset, processing_class, args.max_prompt_tokens, args.max_continuation_tokens
         )
         self.pairs = len(pairs)
+        _check_room(model, pairs)
         rows = PairRows(pairs, _windows(args, processing_class))
         without_dropout(model)
         self.reference = Reference(model) if method.reference else None
@@ -264,6 +265,16 @@ def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
         raise ExpungeError(
             f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or let it see one only "
             "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _check_room(model: nn.Module, pairs: Sequence[TokenizedPair]) -> None:
+    """Raise ExpungeError where a prompt and its continuation are longer than the model's context."""
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    if longest > (context := context_length(model)):
+        raise ExpungeError(
+            f"the longest pair has {longest} tokens, the model's context {context}: lower training.max_prompt_tokens or "
+            "training.max_continuation_tokens"
         )
 
 
