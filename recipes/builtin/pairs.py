@@ -35,7 +35,7 @@ BUILD = Path("build/builtin")
 ASSETS = Path("src/expunge/assets")
 SCORER = "wordvec"
 WANTED = {"heldout": 512, "validation": 128, "train": 6000}  # validation is for tuning: heldout is only reported
-SPARE = 1.10  # pairs made for each that is wanted: some repeat across chunks
+SPARE = 1.14  # pairs made for each that is wanted: some repeat across chunks
 DOCUMENTS = 96  # sampled for each beginning in a chunk
 PROMPT_TOKENS = range(8, 41)
 RECIPE = BestOfN(samples=8, top_p=0.95, toxic=0.6)
@@ -134,12 +134,17 @@ def make_chunks(model: Any, tokenizer: Any, scorer: Scorer, style: Style, wanted
 
 
 def collect(style: Style, folder: Path, forbidden: Forbidden | None) -> tuple[list[dict[str, str]], Counter[str]]:
-    """A style's clean pairs of all chunks, and its counts: prompts, pairs, drops by reason."""
+    """A style's clean pairs of all chunks, and its counts: prompts, greedy sides, drops by reason.
+
+    A side with a heading (`= Title =`) is a change of subject, which would be erased with what is toxic.
+    """
     pairs, counts = [], Counter()
     for path in sorted(folder.glob(f"{style.name}-*.jsonl")):
         [report] = read_lines(path.with_suffix(".report"))
-        counts.update({"prompts": report["prompts"], "greedy": report["greedy"]} | report["dropped"])
-        pairs += read_lines(path)
+        made = {name: report[name] for name in ("prompts", "pairs", "greedy")}
+        counts.update(made | report["dropped"])
+        pairs += [pair for pair in read_lines(path) if "=" not in pair["chosen"] + pair["rejected"]]
+    counts["heading"] = counts.pop("pairs") - len(pairs)
     kept = [p for p in pairs if clean([p["prompt"], p["chosen"], p["rejected"]], forbidden)]
     counts["overlap with evaluation text"] = len(pairs) - len(kept)
     return kept, counts
