@@ -104,10 +104,12 @@ def _shared(sides: Mapping[str, Side]) -> Packed:
         all_valid.append(pad(side.mask("all"), (0, spare)))
         all_hidden.append(torch.zeros(len(side.ids), length, length, dtype=torch.bool, device=at.device))
         start += len(side.ids)
+    real = torch.cat(all_valid)
     causal = torch.ones(length, length, dtype=torch.bool, device=at.device).tril()
-    mask = causal & torch.cat(all_valid)[:, None, :] & ~torch.cat(all_hidden)
+    mask = causal & real[:, None, :] & ~torch.cat(all_hidden)
     mask = mask | torch.eye(length, dtype=torch.bool, device=at.device)  # padding sees itself: no row of softmax is empty
-    return Packed(torch.cat(all_ids), mask[:, None], torch.cat(all_positions), places)
+    within = torch.where(real, torch.cat(all_positions), 0)  # a shared row may be longer than the model's context
+    return Packed(torch.cat(all_ids), mask[:, None], within, places)
 
 
 def _offsets(side: Side, skipped: torch.Tensor, length: int) -> torch.Tensor:
