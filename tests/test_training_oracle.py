@@ -2,17 +2,16 @@
 
 import copy
 
+import datasets
 import pytest
 import torch
+import trl
 from transformers import TrainerCallback
 
 from expunge.data import tokenize_pairs
 from expunge.methods.dpo import DPO
 from expunge.models import add_lora
 from expunge.training import UnlearnConfig, UnlearnTrainer
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 STEPS = 20
 BETA = 0.3

@@ -141,12 +141,12 @@ def collect(style: Style, folder: Path, forbidden: Forbidden | None) -> tuple[li
     pairs, counts = [], Counter()
     for path in sorted(folder.glob(f"{style.name}-*.jsonl")):
         [report] = read_lines(path.with_suffix(".report"))
-        made = {name: report[name] for name in ("prompts", "pairs", "greedy")}
-        counts.update(made | report["dropped"])
-        pairs += [pair for pair in read_lines(path) if "=" not in pair["chosen"] + pair["rejected"]]
-    counts["heading"] = counts.pop("pairs") - len(pairs)
-    kept = [p for p in pairs if clean([p["prompt"], p["chosen"], p["rejected"]], forbidden)]
-    counts["overlap with evaluation text"] = len(pairs) - len(kept)
+        counts.update({"prompts": report["prompts"], "greedy": report["greedy"]} | report["dropped"])
+        pairs += read_lines(path)
+    plain = [pair for pair in pairs if "=" not in pair["chosen"] + pair["rejected"]]
+    kept = [p for p in plain if clean([p["prompt"], p["chosen"], p["rejected"]], forbidden)]
+    counts["heading"] = len(pairs) - len(plain)
+    counts["overlap with evaluation text"] = len(plain) - len(kept)
     return kept, counts
 
 

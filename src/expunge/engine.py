@@ -1,6 +1,6 @@
 """The hot path: run the trained model and its reference once on a batch, and hand a method what it may see of them.
 
-    step = run_step(model, reference, batch, method, progress=0.5)
+    step = run_step(model, reference, batch, layers=("final",), ref_layers=("final",), heads={}, progress=0.5)
     losses = method.loss(step)
 
 The rows of the forward are laid out by `expunge.layout`; methods never see how.
@@ -17,8 +17,6 @@ from expunge.layout import Packed, Region, Side, pack
 from expunge.losses import sequence_logps, token_kl
 from expunge.losses.likelihood import Direction
 from expunge.models import Layer, Reference, head_logits, hidden_states, inner_model
-
-ALL_SIDES = ("retain", "forget", "anchor")
 
 
 def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -116,15 +114,15 @@ def run_step(
     ref_layers: Sequence[Layer],
     heads: Mapping[str, nn.Module] | nn.ModuleDict,
     progress: float,
-    ref_sides: Collection[str] = ALL_SIDES,
+    ref_sides: Collection[str] | None = None,
     plain: bool = False,
 ) -> Step:
-    """One forward of the model over all sides of `batch`, and one of its reference over `ref_sides`, as a `Step`."""
+    """One forward of the model over all sides of `batch`, one of its reference over `ref_sides` (None: all), as a `Step`."""
     sides = {name: Side(**tensors) for name, tensors in batch.items()}
     policy = _states(model, sides, layers, plain)
     frozen_states = None
     if reference is not None and ref_layers:
-        read = {name: side for name, side in sides.items() if name in ref_sides}
+        read = sides if ref_sides is None else {name: sides[name] for name in ref_sides if name in sides}
         with reference.of(model) as frozen:
             frozen_states = _states(frozen, read, ref_layers, plain)
 
@@ -138,8 +136,9 @@ def run_step(
 
 def _states(model: nn.Module, sides: Mapping[str, Side], layers: Sequence[Layer], plain: bool) -> States:
     window = getattr(inner_model(model).config.get_text_config(), "sliding_window", None)
-    longest = max(int(side.lengths.max()) for side in sides.values())
-    packed = pack(sides, plain or (window is not None and longest > window))  # a mask of ours takes the place of its own
+    if window is not None and not plain:  # a mask of ours takes the place of its own
+        plain = any(int(side.lengths.max()) > window for side in sides.values())
+    packed = pack(sides, plain)
     return States(packed, hidden_states(model, packed.ids, packed.mask, layers, packed.positions))
 
 

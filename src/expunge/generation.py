@@ -193,7 +193,7 @@ class _Roomy(DynamicLayer):
             torch.cat([keys, keys.new_empty(*more, keys.shape[3])], dim=2),
             torch.cat([values, values.new_empty(*more, values.shape[3])], dim=2),
         )
-        roomy.keys, roomy.values = keys, values
+        roomy.keys, roomy.values = (buffer[:, :, : keys.shape[2]] for buffer in roomy.room)
         return roomy
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:

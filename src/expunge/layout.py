@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
-PAIR = ("retain", "forget")
 Region = Literal["all", "prompt", "continuation", "last"]
+Place = tuple[slice, torch.Tensor | None]
+"""The rows of a side; and `[B, T]`, where in them each of its tokens lies, or None if they begin the row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,72 +50,64 @@ class Packed:
     ids: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor | None
-    places: Mapping[str, tuple[slice, torch.Tensor | None]]  # side -> its rows, and where in them each token is [B, T]
+    places: Mapping[str, Place]  # by side
+    width: int  # T
 
     def side(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """The `[B, T, d]` of one side out of `[R, L, d]`."""
         rows, index = self.places[name]
         if index is None:
-            return states[rows]
+            return states[rows, : self.width]
         return states[rows].gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def pack(sides: Mapping[str, Side], plain: bool) -> Packed:
-    """`sides` as rows; without both sides of a pair there is nothing to share, and the layout is plain."""
-    if plain or not set(PAIR) <= set(sides):
+    """`sides`, all of one width, as rows; without both sides of a pair there is nothing to share: then plain."""
+    if plain or not {"retain", "forget"} <= sides.keys():
         return _plain(sides)
     return _shared(sides)
 
 
 def _plain(sides: Mapping[str, Side]) -> Packed:
-    places, start = {}, 0
-    for name, side in sides.items():
-        places[name] = (slice(start, start + len(side.ids)), None)
-        start += len(side.ids)
-    ids = torch.cat([side.ids for side in sides.values()])
-    return Packed(ids, torch.cat([side.mask("all") for side in sides.values()]).long(), None, places)
+    rows, places = _stacked(sides)
+    return Packed(rows.ids, rows.mask("all").long(), None, places, rows.ids.shape[1])
 
 
 def _shared(sides: Mapping[str, Side]) -> Packed:
-    retain, forget = (sides[name] for name in PAIR)
-    others = {name: side for name, side in sides.items() if name not in PAIR}
-    chosen, rejected = retain.lengths - retain.prompts, forget.lengths - forget.prompts
-    ends = retain.lengths + rejected
-    length = max([int(ends.max()), *(side.ids.shape[1] for side in others.values())])
-    at = torch.arange(length, device=retain.ids.device)[None]  # [1, L]
-    in_rejected = (at >= retain.lengths[:, None]) & (at < ends[:, None])
-    positions = torch.where(in_rejected, at - chosen[:, None], at.expand(len(retain.ids), -1))
-    ids = torch.where(in_rejected, _take(forget.ids, positions), _take(retain.ids, positions))
-    in_chosen = (at >= retain.prompts[:, None]) & (at < retain.lengths[:, None])
-    hidden = in_rejected[:, :, None] & in_chosen[:, None, :]  # [B, L, L] query, key
-    valid = at < ends[:, None]
-    rows = slice(0, len(ids))
-    places: dict[str, tuple[slice, torch.Tensor | None]] = {
-        "retain": (rows, _offsets(retain, torch.zeros_like(chosen), length)),
-        "forget": (rows, _offsets(forget, chosen, length)),
-    }
-    all_ids, all_positions, all_valid, all_hidden = [ids], [positions], [valid], [hidden]
-    start = len(ids)
-    for name, side in others.items():
-        spare = length - side.ids.shape[1]
-        places[name] = (slice(start, start + len(side.ids)), at[:, : side.ids.shape[1]].expand(len(side.ids), -1))
-        all_ids.append(pad(side.ids, (0, spare)))
-        all_positions.append(at.expand(len(side.ids), -1))
-        all_valid.append(pad(side.mask("all"), (0, spare)))
-        all_hidden.append(torch.zeros(len(side.ids), length, length, dtype=torch.bool, device=at.device))
+    forget = sides["forget"]
+    rows, places = _stacked({name: side for name, side in sides.items() if name != "forget"})
+    prompts, lengths = rows.prompts[:, None], rows.lengths[:, None]
+    pairs, _ = places["retain"]
+    rejected = torch.zeros_like(lengths)  # neutral text has no other side
+    rejected[pairs, 0] = forget.lengths - forget.prompts
+    second = torch.zeros_like(rows.ids)
+    second[pairs] = forget.ids
+    ends = lengths + rejected
+    length = max(rows.ids.shape[1], int(ends.max()))
+    at = torch.arange(length, device=rows.ids.device)[None]  # [1, L]
+    in_chosen = (at >= prompts) & (at < lengths)
+    in_rejected = (at >= lengths) & (at < ends)
+    chosen = lengths - prompts
+    # padding is at 0: a shared row may be longer than the model's context
+    positions = torch.where(in_rejected, at - chosen, torch.where(at < lengths, at, 0))
+    ids = torch.where(in_rejected, _take(second, positions), _take(rows.ids, at.expand_as(positions)))
+    causal = at.mT >= at  # [L, L] query, key
+    seen = causal & (at < ends)[:, None, :] & ~(in_rejected[:, :, None] & in_chosen[:, None, :])
+    seen = seen | (at.mT == at)  # padding sees itself: no row of softmax is empty
+    index = torch.arange(forget.ids.shape[1], device=at.device)[None]
+    index = torch.where(index >= forget.prompts[:, None], index + chosen[pairs], index).clamp(max=length - 1)
+    return Packed(ids, seen[:, None], positions, {**places, "forget": (pairs, index)}, rows.ids.shape[1])
+
+
+def _stacked(sides: Mapping[str, Side]) -> tuple[Side, dict[str, Place]]:
+    """All sides under one another, and where each lies."""
+    places: dict[str, Place] = {}
+    start = 0
+    for name, side in sides.items():
+        places[name] = (slice(start, start + len(side.ids)), None)
         start += len(side.ids)
-    real = torch.cat(all_valid)
-    causal = torch.ones(length, length, dtype=torch.bool, device=at.device).tril()
-    mask = causal & real[:, None, :] & ~torch.cat(all_hidden)
-    mask = mask | torch.eye(length, dtype=torch.bool, device=at.device)  # padding sees itself: no row of softmax is empty
-    within = torch.where(real, torch.cat(all_positions), 0)  # a shared row may be longer than the model's context
-    return Packed(torch.cat(all_ids), mask[:, None], within, places)
-
-
-def _offsets(side: Side, skipped: torch.Tensor, length: int) -> torch.Tensor:
-    """Where each token `[B, T]` of a side lies in its row of `length`: past its prompt, `skipped` `[B]` further on."""
-    at = torch.arange(side.ids.shape[1], device=side.ids.device)[None]
-    return torch.where(at >= side.prompts[:, None], at + skipped[:, None], at).clamp(max=length - 1)
+    fields = ("ids", "prompts", "lengths")
+    return Side(*(torch.cat([getattr(side, field) for side in sides.values()]) for field in fields)), places
 
 
 def _take(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -166,21 +166,20 @@ class UnlearnTrainer(Trainer):
     def _losses(self, inner: nn.Module, batch: Mapping[str, Any]) -> tuple[Step, Mapping[str, torch.Tensor]]:
         progress = self.state.global_step / max(1, self.state.max_steps)
         with self.accelerator.autocast():
-            method = self.method
             if self.plain is None:
-                self.plain = not shares_prefix(inner, batch, method.layers)
+                self.plain = not shares_prefix(inner, batch, self.method.layers)
             step = run_step(
                 inner,
                 self.reference,
                 batch,
-                method.layers,
-                method.ref_layers,
-                self.heads,
-                progress,
-                method.ref_sides,
-                self.plain,
+                layers=self.method.layers,
+                ref_layers=self.method.ref_layers,
+                heads=self.heads,
+                progress=progress,
+                ref_sides=self.method.ref_sides,
+                plain=self.plain,
             )
-            return step, method.loss(step)
+            return step, self.method.loss(step)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Three groups: matrices with weight decay, vectors without, and the heads at their own learning rate."""

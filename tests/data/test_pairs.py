@@ -4,7 +4,10 @@ import json
 import sys
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
+from trl import extract_prompt
 
 from expunge.data import Pair, load_pairs
 from expunge.data.pairs import common_prefix
@@ -25,8 +28,6 @@ def test_explicit_prompt_in_every_kind_of_file(write):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "a.parquet")
     assert load_pairs(tmp_path / "a.parquet") == [Pair(**ROW)]
 
@@ -48,7 +49,6 @@ def test_implicit_prompt(write, chosen, rejected, prompt):
 
 
 def test_implicit_prompt_is_trls():
-    extract_prompt = pytest.importorskip("trl").extract_prompt
     for chosen, rejected in [
         ("The sky is blue", "The sky is grey"),
         ("The sky is blue", "The sky is black"),

@@ -113,7 +113,6 @@ def committed() -> list[tuple[Path, dict[str, str]]]:
     return [(path, row) for path in files for row in read_lines(path)]
 
 
-@pytest.mark.skipif(not committed(), reason="the built-in pairs and prompts are not made yet")
 def test_no_evaluation_text_is_committed(recipes):
     """Hashes of RealToxicityPrompts, WikiText-2 validation and test: recipes/builtin/decontaminate.py."""
     forbidden = set(load_file(ASSETS / "forbidden.safetensors")["digests"].tolist())
@@ -135,7 +134,6 @@ def test_no_evaluation_text_was_trained_on():
     assert 0 < len(shared) < 10  # the control: the two sets of hashes are comparable
 
 
-@pytest.mark.skipif(not committed(), reason="the built-in pairs and prompts are not made yet")
 def test_committed_sets_are_whole_and_disjoint(recipes):
     prompts: dict[str, list[str]] = {}
     for path, row in committed():

@@ -30,7 +30,7 @@ class Method:
     family: ClassVar[str] = "output"  # output | representation
     paper: ClassVar[str] = ""
     reference: ClassVar[bool] = True  # does the loss look at the reference?
-    ref_sides: ClassVar[tuple[str, ...]] = ("retain", "forget", "anchor")  # on which sides of a batch
+    ref_sides: ClassVar[tuple[str, ...] | None] = None  # on which sides of a batch; None: all
     max_grad_norm: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:

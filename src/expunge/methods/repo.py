@@ -31,7 +31,7 @@ class REPO(Method):
 
     family: ClassVar[str] = "representation"
     paper: ClassVar[str] = "Detoxifying LLMs via Representation Erasure-based Preference Optimization, section 2"
-    ref_sides: ClassVar[tuple[str, ...]] = ("retain", "anchor")
+    ref_sides: ClassVar[tuple[str, ...] | None] = ("retain", "anchor")
 
     weight: float = 0.2
     """lambda, >= 0: the pressure of the reversed gradient (Table 5)."""
