@@ -5,12 +5,15 @@ write_rows(path, rows); read_rows(path)
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from expunge.errors import ExpungeError
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass
@@ -74,8 +77,19 @@ def parse_lines(text: str, source: str) -> list[dict[str, Any]]:
             raise ExpungeError(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(record, dict):
             raise ExpungeError(f"{source}:{number}: expected a JSON object, found {type(record).__name__}")
+        if SURROGATE.search(line):
+            check_text(record, f"{source}:{number}")
         records.append(record)
     return records
+
+
+def check_text(record: Any, where: str) -> None:
+    """ExpungeError if a JSON escape left half a surrogate pair in a record, which no file or tokenizer takes."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise ExpungeError(f"{where}: {half} is half of a surrogate pair and no text; replace it by \\ufffd") from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -135,6 +135,7 @@ def fails(source, *parts):
     ("row", "part"),
     [
         ('{"prompt": "a", ', "not valid JSON"),
+        ('{"prompt": "\\ud83d", "chosen": " b", "rejected": " c"}', r"\ud83d is half of a surrogate pair"),
         ("[1, 2]", "expected a JSON object"),
         ({"prompt": "a", "chosen": "b"}, "no field 'rejected' (found: prompt, chosen)"),
         (ROW | {"chosen": "  "}, "'chosen' is empty"),
@@ -156,6 +157,7 @@ def test_bad_files(write, tmp_path):
     fails(tmp_path, "a folder")
     fails(write("a.pdf", "x"), "unknown kind of file")
     fails(write("bad.json", '[{"prompt": "a"},\n oops]'), "bad.json:2: not valid JSON")
+    fails(write("half.json", '[{"prompt": "\\ud83d"}]'), "half.json: item 1: ")
     fails(write("numbers.json", "[1]"), "numbers.json: item 1: expected a JSON object")
     fails(write("short.csv", "prompt,chosen,rejected\na,b\n"), "short.csv:2: not as many fields")
     fails(write("bad.parquet", "x"), "not valid Parquet")

@@ -14,7 +14,7 @@ from typing import Any
 
 from expunge.data.named import NamedSet, local_file
 from expunge.errors import ExpungeError
-from expunge.rows import read_lines
+from expunge.rows import SURROGATE, check_text, read_lines
 
 Record = tuple[str, dict[str, Any]]
 
@@ -59,13 +59,17 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _json_list(path: Path) -> Iterator[Record]:
+    text = read_text(path)
     try:
-        rows = json.loads(read_text(path))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ExpungeError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    escaped = SURROGATE.search(text)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ExpungeError(f"{path}: item {number}: expected a JSON object, found {type(row).__name__}")
+        if escaped:
+            check_text(row, f"{path}: item {number}")
         yield f"{path}: item {number}", row
 
 
