@@ -1,0 +1,156 @@
+"""The chunked losses against the plain ones of `likelihood.py` in double precision, and that they stay small."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from expunge.losses import chunked_cross_entropy, chunked_sequence_logps, chunked_token_kl, sequence_logps, token_kl
+from expunge.losses.chunked import Projection
+
+B, T, D, V = 3, 7, 5, 11
+PROJECTIONS = [Projection(), Projection(scale=0.3), Projection(softcap=2.0), Projection(scale=1.7, softcap=0.8)]
+
+
+@pytest.fixture
+def draw():
+    torch.manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    return draw
+
+
+def logits(hidden, weight, bias, projection):
+    """The head as the models write it."""
+    out = (hidden @ weight.T + (0 if bias is None else bias)) * projection.scale
+    return out if projection.softcap is None else projection.softcap * torch.tanh(out / projection.softcap)
+
+
+def gradients(value, *tensors):
+    return torch.autograd.grad(value, tensors)
+
+
+def mask():
+    kept = torch.rand(B, T) < 0.6
+    kept[:, 0] = False
+    kept[-1] = False  # a row without a token
+    return kept
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+def test_token_kl_is_the_plain_one(draw, projection, direction, tokens):
+    hidden, weight, bias = draw(B, T, D), draw(V, D), draw(V)
+    ref_hidden, ref_weight, ref_bias = draw(B, T, D), draw(V, D), draw(V)
+    kept = mask()
+    with torch.no_grad():
+        reference = logits(ref_hidden, ref_weight, ref_bias, projection)
+    plain = token_kl(logits(hidden, weight, bias, projection), reference, kept, direction)
+    options = {"bias": bias, "ref_bias": ref_bias, "projection": projection, "chunk": tokens * V}
+    ours = chunked_token_kl(hidden, weight, ref_hidden, ref_weight, kept, direction, **options)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    wanted = gradients(plain * 3, hidden, weight, bias)
+    for found, expected in zip(gradients(ours * 3, hidden, weight, bias), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("tokens", [1, 4, 100])
+def test_sequence_logps_and_cross_entropy_are_the_plain_ones(draw, projection, tokens):
+    hidden, weight, bias = draw(B, T, D), draw(V, D), draw(V)
+    ids, kept = torch.randint(V, (B, T)), mask()
+    options = {"bias": bias, "projection": projection, "chunk": tokens * V}
+    plain, lengths = sequence_logps(logits(hidden, weight, bias, projection), ids, kept)
+    ours, counted = chunked_sequence_logps(hidden, weight, ids, kept, **options)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-14)
+    assert counted.tolist() == lengths.tolist()
+    worth = torch.tensor([2.0, -0.5, 7.0], dtype=torch.float64)  # rows weigh differently
+    wanted = gradients((plain * worth).sum(), hidden, weight, bias)
+    for found, expected in zip(gradients((ours * worth).sum(), hidden, weight, bias), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    entropy = chunked_cross_entropy(hidden, weight, ids, kept, **options)
+    targets = torch.where(kept, ids, -100)[:, 1:]
+    wide = logits(hidden, weight, bias, projection)[:, :-1]
+    torch.testing.assert_close(entropy, F.cross_entropy(wide.flatten(0, 1), targets.flatten()), rtol=1e-12, atol=0)
+
+
+def test_the_first_token_has_no_prediction(draw):
+    with pytest.raises(ValueError, match="first token"):
+        chunked_sequence_logps(draw(B, T, D), draw(V, D), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T).bool())
+
+
+def test_a_frozen_head_and_a_frozen_body(draw):
+    hidden, weight, kept = draw(B, T, D), draw(V, D), mask()
+    ids, reference = torch.randint(V, (B, T)), draw(B, T, D).detach()
+
+    def both(hidden, weight):
+        kl = chunked_token_kl(hidden, weight, reference, weight, kept)
+        return kl + chunked_sequence_logps(hidden, weight, ids, kept)[0].sum()
+
+    of_hidden, of_weight = gradients(both(hidden, weight), hidden, weight)
+    torch.testing.assert_close(gradients(both(hidden, weight.detach()), hidden)[0], of_hidden)
+    torch.testing.assert_close(gradients(both(hidden.detach(), weight), weight)[0], of_weight)
+    assert not both(hidden.detach(), weight.detach()).requires_grad
+
+
+def test_no_token_is_zero_with_zero_gradients(draw):
+    hidden, weight, kept = draw(B, T, D), draw(V, D), torch.zeros(B, T, dtype=torch.bool)
+    kl = chunked_token_kl(hidden, weight, hidden, weight, kept)
+    logps, lengths = chunked_sequence_logps(hidden, weight, torch.zeros(B, T, dtype=torch.long), kept)
+    assert kl == 0 and logps.tolist() == [0] * B and lengths.tolist() == [0] * B
+    for gradient in gradients(kl + logps.sum(), hidden, weight):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_near_as_the_plain_form(draw, autocast):
+    """Large sums over a vocabulary: the log-sum-exp and the head's gradient are float32 inside."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    hidden, weight = (draw(*shape).detach() for shape in ((64, 32), (4096, 32)))
+    reference, kept = draw(64, 32).detach(), torch.ones(64, dtype=torch.bool)
+
+    def error(found, truth):
+        return (found.double() - truth).norm() / truth.norm()
+
+    exact, low, plain = ([x.to(dt).requires_grad_() for x in (hidden, weight)] for dt in (torch.float64, dtype, dtype))
+    wanted = gradients(token_kl(exact[0] @ exact[1].T, reference @ weight.T, kept), *exact)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = chunked_token_kl(*low, reference.to(dtype), weight.to(dtype), kept, chunk=4096 * 7)
+        wide = token_kl(plain[0] @ plain[1].T, reference.to(dtype) @ weight.to(dtype).T, kept)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, wide)
+    for found, same, truth in zip(gradients(ours, *low), gradients(wide, *plain), wanted, strict=True):
+        assert found.dtype == dtype
+        assert error(found, truth) < 1.1 * error(same, truth)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result of an operation held."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else [out]
+        self.size = max(self.size, *(x.numel() for x in results if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_there(draw):
+    tokens, vocabulary = 64, 1000
+    hidden, weight = draw(1, tokens, D), draw(vocabulary, D)
+    ids, kept = torch.randint(vocabulary, (1, tokens)), torch.ones(1, tokens, dtype=torch.bool)
+    kept[:, 0] = False
+
+    def largest(chunk):
+        with Largest() as seen:
+            kl = chunked_token_kl(hidden, weight, hidden * 0.9, weight, kept, chunk=chunk)
+            logps, _ = chunked_sequence_logps(hidden, weight, ids, kept, chunk=chunk)
+            gradients(kl + logps.sum(), hidden, weight)
+        return seen.size
+
+    assert largest(8 * vocabulary) == 8 * vocabulary
+    assert largest(tokens * vocabulary) == (tokens - 1) * vocabulary  # the control: all at once is seen
