@@ -18,7 +18,10 @@ from expunge.pipeline import resolve, run
 from expunge.provenance import digest
 from expunge.rows import Row, read_lines, write_lines
 
-METHODS = ("repo", "dpo")
+METHODS = {  # what tuning chose (benchmarks/results/tuning-*.jsonl) beside src/expunge/assets/defaults.json
+    "repo": ["training.num_train_epochs=3"],
+    "dpo": ["training.num_train_epochs=1"],
+}
 SEEDS = (0, 1, 2)
 RESULTS = Path("benchmarks/results/acceptance")
 BASE = merge(BUDGETS["full"], {"data": {"prompts": ["builtin-challenge", "rtp-challenge"], "neutral": "wiki-f1"}})
@@ -36,7 +39,7 @@ SHOWN = (
 def measure(method: str, seed: int) -> None:
     """One run, unless its rows are there for the same configuration."""
     path = RESULTS / f"{method}-{seed}.jsonl"
-    config = load_config(RunConfig, [], [f"method.name={method}", f"seed={seed}"], base=BASE)
+    config = load_config(RunConfig, [], [f"method.name={method}", f"seed={seed}", *METHODS[method]], base=BASE)
     key = digest(resolve(config))
     if path.exists() and read_lines(path)[0]["config"] == key:
         return
