@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import log_softmax
+from transformers.modeling_outputs import CausalLMOutput
 
-from expunge.engine import Step, collate, inside_forward, run_step
+from expunge.engine import Step, check_head, collate, inside_forward, run_step
+from expunge.errors import ExpungeError
 from expunge.layout import Side
 from expunge.models import Reference, add_lora, head_logits
 
@@ -110,6 +112,41 @@ def test_padding_changes_nothing_that_a_method_sees(moved, architecture):
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # RMS norms work in float32, whatever the model does
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])  # tied; not tied; tied and soft-capped
+def test_chunked_logits_are_the_whole_ones(moved, architecture):
+    model, reference = moved(architecture)
+
+    def found(chunked: bool) -> list[torch.Tensor]:
+        step = run_step(model, reference, collate(ROWS), ("final",), ("final",), {}, progress=0, chunked=chunked)
+        values = [step.token_kl("retain"), step.token_kl("retain", "continuation", "reverse"), step.logps("forget")[0].sum()]
+        gradients = torch.autograd.grad(torch.stack(values).sum(), list(model.parameters()))
+        return [*values, step.logps("forget", ref=True)[0], *gradients]
+
+    for ours, whole in zip(found(True), found(False), strict=True):
+        close(ours, whole)
+
+
+def test_an_adapter_on_the_head_is_in_the_logits(tiny_model):
+    model = add_lora(tiny_model("llama"), targets=["lm_head"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    step = step_of(model, reference=Reference(model))
+    logps = log_softmax(model(collate(ROWS)["retain"]["ids"]).logits[0], -1)
+    close(step.logps("retain")[0][0], logps[2, 8] + logps[3, 9])
+    assert step.token_kl("retain") > 0.1
+
+
+def test_a_head_that_expunge_does_not_know_is_one_line(tiny_model):
+    model = tiny_model("llama")
+    check_head(model, collate(ROWS))
+    own = model.forward
+    model.forward = lambda **inputs: CausalLMOutput(logits=own(**inputs).logits + 1)  # an offset of its own
+    with pytest.raises(ExpungeError, match="LlamaForCausalLM: its logits are not"):
+        check_head(model, collate(ROWS))
 
 
 def test_both_sides_see_the_same_prompt_states(moved):

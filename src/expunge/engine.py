@@ -7,16 +7,18 @@ The rows of the forward are laid out by `expunge.layout`; methods never see how.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from expunge.errors import ExpungeError
 from expunge.layout import Packed, Region, Side, pack
-from expunge.losses import sequence_logps, token_kl
+from expunge.losses import chunked_sequence_logps, chunked_token_kl, sequence_logps, token_kl
+from expunge.losses.chunked import PLAIN, Projection
 from expunge.losses.likelihood import Direction
-from expunge.models import Layer, Reference, head_logits, hidden_states, inner_model
+from expunge.models import Layer, Reference, head_logits, head_scaling, hidden_states, inner_model
 
 
 def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -37,6 +39,15 @@ def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> di
     return batch
 
 
+@dataclass(frozen=True)
+class Head:
+    """Final states `[..., d]` to logits `[..., V]`; where that is one linear layer and a scale, its parts too."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    linear: nn.Linear | None = None
+    projection: Projection = PLAIN
+
+
 class Step:
     """All that a method sees of a batch. `side` is "retain", "forget", or "anchor" (neutral text, if there is any)."""
 
@@ -45,8 +56,8 @@ class Step:
         sides: Mapping[str, Side],
         policy: "States",
         reference: "States | None",
-        head: Callable[[torch.Tensor], torch.Tensor],
-        ref_head: Callable[[torch.Tensor], torch.Tensor],
+        head: Head,
+        ref_head: Head,
         heads: Mapping[str, nn.Module] | nn.ModuleDict,
         progress: float,
     ):
@@ -81,17 +92,37 @@ class Step:
 
     def logps(self, side: str, ref: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability of each continuation `[B]`, and its length in tokens `[B]`."""
-        head = self._ref_head if ref else self._head
+        head, states, mask = (
+            self._ref_head if ref else self._head,
+            self.hidden(side, ref=ref),
+            self.mask(side, "continuation"),
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not ref):
-            return sequence_logps(head(self.hidden(side, ref=ref)), self.ids(side), self.mask(side, "continuation"))
+            if head.linear is None:
+                return sequence_logps(head.logits(states), self.ids(side), mask)
+            weight, bias = head.linear.weight, head.linear.bias
+            return chunked_sequence_logps(states, weight, self.ids(side), mask, bias=bias, projection=head.projection)
 
     def token_kl(self, side: str, region: Region = "all", direction: Direction = "forward") -> torch.Tensor:
         """Mean KL per token between reference and model at the positions of `region`, a scalar."""
-        mask = self.mask(side, region)
-        logits = self._head(self.hidden(side)[mask])  # [N, V]: padding never reaches the head
-        with torch.no_grad():
-            ref_logits = self._ref_head(self.hidden(side, ref=True)[mask])
-        return token_kl(logits, ref_logits, torch.ones_like(logits[:, 0], dtype=torch.bool), direction)
+        states, ref_states, mask = self.hidden(side), self.hidden(side, ref=True), self.mask(side, region)
+        head, ref_head = self._head, self._ref_head
+        if head.linear is None or ref_head.linear is None:
+            logits = head.logits(states[mask])  # [N, V]: padding never reaches the head
+            with torch.no_grad():
+                ref_logits = ref_head.logits(ref_states[mask])
+            return token_kl(logits, ref_logits, torch.ones_like(logits[:, 0], dtype=torch.bool), direction)
+        return chunked_token_kl(
+            states,
+            head.linear.weight,
+            ref_states,
+            ref_head.linear.weight,
+            mask,
+            direction,
+            bias=head.linear.bias,
+            ref_bias=ref_head.linear.bias,
+            projection=head.projection,
+        )
 
     def log(self, name: str, value: torch.Tensor | float) -> None:
         """Record a figure of this step under `name`."""
@@ -116,6 +147,7 @@ def run_step(
     progress: float,
     ref_sides: Collection[str] | None = None,
     plain: bool = False,
+    chunked: bool = True,
 ) -> Step:
     """One forward of the model over all sides of `batch`, one of its reference over `ref_sides` (None: all), as a `Step`."""
     sides = {name: Side(**tensors) for name, tensors in batch.items()}
@@ -126,12 +158,25 @@ def run_step(
         with reference.of(model) as frozen:
             frozen_states = _states(frozen, read, ref_layers, plain)
 
-    def ref_head(hidden: torch.Tensor) -> torch.Tensor:
+    def ref_logits(hidden: torch.Tensor) -> torch.Tensor:
         assert reference is not None  # without one there are no states to project
         with reference.of(model) as frozen:
             return head_logits(frozen, hidden)
 
-    return Step(sides, policy, frozen_states, lambda h: head_logits(model, h), ref_head, heads, progress)
+    head = Head(lambda states: head_logits(model, states))
+    ref_head = Head(ref_logits)
+    if chunked:
+        scaling = Projection(*head_scaling(model))
+        head = replace(head, linear=_linear(model), projection=scaling)
+        if reference is not None:
+            ref_head = replace(ref_head, linear=_linear(reference.copy or model), projection=scaling)
+    return Step(sides, policy, frozen_states, head, ref_head, heads, progress)
+
+
+def _linear(model: nn.Module) -> nn.Linear | None:
+    """The head where it is just a linear layer: no adapter on it, not quantized."""
+    head = inner_model(model).get_output_embeddings()
+    return head if type(head) is nn.Linear else None
 
 
 def _states(model: nn.Module, sides: Mapping[str, Side], layers: Sequence[Layer], plain: bool) -> States:
@@ -152,7 +197,7 @@ def shares_prefix(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tenso
             shared = _states(model, sides, layers, plain=False)
         except (TypeError, ValueError, RuntimeError):  # it takes no position ids, or no mask of ours
             return False
-    tolerance = 1e-4 if inner_model(model).dtype.itemsize >= 4 else 5e-2  # a wrong mask is wrong by its whole size
+    tolerance = _tolerance(model)
     for name, side in sides.items():
         real = side.mask("all")
         for layer in layers:
@@ -160,6 +205,27 @@ def shares_prefix(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tenso
             if not (a - b).abs().mean() <= tolerance * b.abs().mean():
                 return False
     return True
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """ExpungeError if the logits that losses see are not those of the model's own forward. Compared on one row."""
+    side = Side(**batch["retain"])
+    ids = side.ids[:1, : int(side.lengths[0])]
+    inner = inner_model(model)
+    with torch.autocast(ids.device.type, enabled=False):
+        states = hidden_states(model, ids, torch.ones_like(ids), ["final"])["final"]
+        ours, own = head_logits(model, states).float(), inner.forward(input_ids=ids, use_cache=False).logits.float()
+    if not (ours - own).abs().mean() <= _tolerance(inner) * own.abs().mean():
+        raise ExpungeError(
+            f"{type(inner).__name__}: its logits are not its head's output of the final states, scaled and capped as its "
+            "configuration says; expunge cannot train an architecture whose logits it does not know"
+        )
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Of a mean difference, relative: rounding is far below it, an error far above."""
+    return 1e-4 if inner_model(model).dtype.itemsize >= 4 else 5e-2
 
 
 def inside_forward(wrapped: nn.Module, inner: nn.Module, fn: Callable[..., Any], *args: Any) -> Any:

@@ -110,19 +110,20 @@ def context_length(model: nn.Module) -> int:
     return inner_model(model).config.get_text_config().max_position_embeddings
 
 
+def head_scaling(model: nn.Module) -> tuple[float, float | None]:
+    """(scale, cap) of the model's own forward: its logits are cap * tanh(scale * x / cap), or scale * x, of the head's x."""
+    config = inner_model(model).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it."""
-    inner = inner_model(model)
-    config = inner.config.get_text_config()
-    head: Any = inner.get_output_embeddings()
-    logits = head(hidden)
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    head: Any = inner_model(model).get_output_embeddings()
+    scale, cap = head_scaling(model)
+    logits = head(hidden) * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def hidden_states(

@@ -35,7 +35,7 @@ from transformers import (
 
 from expunge.data import Pair, tokenize_pairs
 from expunge.data.tokenize import TokenizedPair, leading_tokens
-from expunge.engine import Step, collate, inside_forward, run_step, shares_prefix
+from expunge.engine import Step, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
 from expunge.models import Reference, context_length, width, without_dropout
@@ -58,7 +58,9 @@ class UnlearnConfig(TrainingArguments):
     max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
     max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
     max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
-    layout: str = field(default="auto", metadata={"help": "auto: one shared prefix a pair where it is exact; or plain."})
+    layout: str = field(
+        default="auto", metadata={"help": "auto: chunked logits, and one shared prefix a pair where it is exact; or plain."}
+    )
     anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
     anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
@@ -120,7 +122,8 @@ class UnlearnTrainer(Trainer):
         self.reference = Reference(model) if method.reference else None
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
-        self.plain = True if args.layout == "plain" else None  # decided on the first batch
+        self.chunked = args.layout == "auto"
+        self.plain: bool | None = None  # decided on the first batch
         self._since_log: dict[str, list[float]] = defaultdict(list)
         self._tokens, self._clock = 0, time.monotonic()
         super().__init__(
@@ -167,7 +170,8 @@ class UnlearnTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         with self.accelerator.autocast():
             if self.plain is None:
-                self.plain = not shares_prefix(inner, batch, self.method.layers)
+                check_head(inner, batch)
+                self.plain = not (self.chunked and shares_prefix(inner, batch, self.method.layers))
             step = run_step(
                 inner,
                 self.reference,
@@ -178,6 +182,7 @@ class UnlearnTrainer(Trainer):
                 progress=progress,
                 ref_sides=self.method.ref_sides,
                 plain=self.plain,
+                chunked=self.chunked,
             )
             return step, self.method.loss(step)
 

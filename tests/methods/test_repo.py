@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from expunge.engine import States, Step, collate, run_step
+from expunge.engine import Head, States, Step, collate, run_step
 from expunge.errors import ExpungeError
 from expunge.layout import Side, pack
 from expunge.losses import domain_bce
@@ -229,7 +229,7 @@ def erase_planted(weight: float, steps: int = 200) -> tuple[float, float]:
     for seed in range(steps):
         policy, frozen = (torch.cat(list(planted(table, seed).values())) for table in (theta, reference))
         states, frozen_states = (States(rows, {"final": x}) for x in (policy, frozen))
-        step = Step(sides, states, frozen_states, head, head, discriminator, seed / steps)
+        step = Step(sides, states, frozen_states, Head(head), Head(head), discriminator, seed / steps)
         losses = method.loss(step)
         optimizer.zero_grad()
         sum(losses.values()).backward()
