@@ -6,14 +6,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
     GPT2Config,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
 from expunge.data import Pair
@@ -71,6 +69,22 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
     return _train_bpe(bos="<bos>")
 
 
+ARCHITECTURES = (
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "phi3",
+)
+
+
 def _config(architecture: str) -> PreTrainedConfig:
     common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if architecture == "gpt2":
@@ -84,17 +98,21 @@ def _config(architecture: str) -> PreTrainedConfig:
         "head_dim": 8,
         "max_position_embeddings": 64,
     }
-    if architecture == "llama":
-        return LlamaConfig(**common)
-    if architecture == "qwen3":
-        return Qwen3Config(**common)
-    # Caps low enough to bend the logits of a random model, so that forgetting one shows.
-    return Gemma2Config(final_logit_softcapping=0.5, attn_logit_softcapping=1.0, query_pre_attn_scalar=8, **common)
+    if architecture in ("gemma2", "gemma3_text"):  # attention scale
+        common |= {"query_pre_attn_scalar": 8}
+    if architecture == "gemma2":  # caps low enough to bend a random model's logits, so that forgetting one shows
+        common |= {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 1.0}
+    return AutoConfig.for_model(architecture, **common)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """`tiny_model("gpt2" | "llama" | "qwen3" | "gemma2", seed=0, dtype=torch.float32)`: 3 random blocks of width 32."""
+    """`tiny_model("gpt2" or another of ARCHITECTURES, seed=0, dtype=torch.float32)`: 3 random blocks of width 32."""
 
     def make(architecture: str = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         with torch.random.fork_rng():
