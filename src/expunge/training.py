@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from expunge.data import Pair, tokenize_pairs
-from expunge.data.tokenize import TokenizedPair, leading_tokens
+from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
 from expunge.engine import Step, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
@@ -288,7 +288,7 @@ def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[li
         return []
     from expunge.data import load_corpus
 
-    ids = tokenizer(load_corpus(args.anchor_text), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, load_corpus(args.anchor_text))
     start = leading_tokens(tokenizer)
     size = args.anchor_tokens - len(start)
     if size < 1:

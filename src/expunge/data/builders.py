@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from expunge.data.pairs import Pair
-from expunge.data.tokenize import leading_tokens
+from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.scorers import Scorer
@@ -106,7 +106,7 @@ def draw(
 ) -> list[list[Candidate]]:
     """For each prompt its scored candidates: the greedy continuation first, then `recipe.samples` samples."""
     start = leading_tokens(tokenizer)
-    ids = [start + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [start + encode(tokenizer, prompt) for prompt in prompts]
     sampling = Decoding(recipe.max_new_tokens, recipe.samples, recipe.top_p, recipe.temperature, recipe.seed)
     greedy = generate(model, tokenizer, ids, Decoding(recipe.max_new_tokens), batch_size)
     sampled = generate(model, tokenizer, ids, sampling, batch_size)

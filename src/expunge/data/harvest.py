@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from expunge.data.tokenize import leading_tokens
+from expunge.data.tokenize import encode, leading_tokens
 from expunge.generation import Decoding, generate
 
 SENTENCE_START = re.compile(r"(?:^ ?|(?<=[.!?] )|(?<=[.!?][\"'] ))(?=[\"'(]?[A-Za-z])", re.MULTILINE)
@@ -23,7 +23,7 @@ def sample_texts(
     model: nn.Module, tokenizer: Any, beginning: str, count: int, tokens: int = 96, top_p: float = 0.9, seed: int = 0
 ) -> list[str]:
     """`count` documents that begin with `beginning` (included; "" starts from the tokenizer's bos or eos)."""
-    start = leading_tokens(tokenizer) + tokenizer(beginning, add_special_tokens=False)["input_ids"]
+    start = leading_tokens(tokenizer) + encode(tokenizer, beginning)
     decoding = Decoding(max_new_tokens=tokens, samples=count, top_p=top_p, seed=seed)
     [continuations] = generate(model, tokenizer, [start], decoding)
     return [tokenizer.decode([*start, *ids], skip_special_tokens=True) for ids in continuations]
@@ -40,7 +40,7 @@ def cuts(text: str, tokenizer: Any, tokens: Sequence[int], rest: int = 8, seed: 
         if match.end() < used:
             continue
         line = text[match.end() :].split("\n", 1)[0].rstrip()
-        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+        ids = encode(tokenizer, line)
         length = rng.choice(tokens)
         if len(ids) < length + rest:
             continue

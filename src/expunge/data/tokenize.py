@@ -51,7 +51,7 @@ def tokenize_pairs(
         raise ExpungeError(f"max_prompt {max_prompt}, max_continuation {max_continuation}: each must be at least 1")
     start = leading_tokens(tokenizer)
     columns = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
-    encoded = [tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in columns]
+    encoded = [encode(tokenizer, list(texts)) for texts in columns]
     rows, counts = [], Truncation(pairs=len(pairs))
     for prompt, chosen, rejected in zip(*encoded, strict=True):
         if not chosen or not rejected:
@@ -74,9 +74,14 @@ def tokenize_pairs(
     return rows, counts
 
 
+def encode(tokenizer: Any, text: str | list[str]) -> Any:
+    """Token ids of a text, or of each of a list, without bos and eos; in silence where they are more than a model takes."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text: `[bos]` for Llama and Gemma, none for GPT-2."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    plain = encode(tokenizer, "a")
     whole = tokenizer("a")["input_ids"]
     at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:at]

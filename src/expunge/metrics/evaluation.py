@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expunge.data.builders import continuation_text
-from expunge.data.tokenize import leading_tokens
+from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate, with_start
 from expunge.metrics.f1 import Mode as F1Mode
@@ -116,7 +116,7 @@ class _Evaluator:
         self.found.figures.append(Figure.mean(key, np.asarray(values, dtype=np.float64)))
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, text)
 
     def cut(self, dataset: str, prompts: Sequence[str]) -> list[list[int]]:
         """Prompts as at most `prompt_tokens` ids, without bos; the share that was longer becomes a figure."""

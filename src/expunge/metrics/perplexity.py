@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from expunge.data.tokenize import leading_tokens
+from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.models import context_length, head_logits, hidden_states
 
@@ -90,7 +90,7 @@ def text_windows(
     of a window is not predicted. Raises ExpungeError for a text of fewer than two tokens.
     """
     start = leading_tokens(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    ids = encode(tokenizer, text)[:max_tokens]
     size = min(context_length(model), LONGEST_WINDOW) - len(start)
     first = len(start) or 1
     rows = [(start + ids[i : i + size], first) for i in range(0, len(ids), size)]
