@@ -163,7 +163,7 @@ class _TokenKL(torch.autograd.Function):
             gap = reference - model
             if direction == "forward":
                 p = reference.exp_()
-                total += torch.dot(p.flatten(), gap.flatten())
+                total += gap.mul_(p).sum()
                 slope = model.exp_().sub_(p)
             else:
                 q = model.exp_()
