@@ -40,6 +40,19 @@ def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> di
 
 
 @dataclass(frozen=True)
+class Whole:
+    """All that one optimizer step reads: every row of its `parts`, the micro-batches of all processes, without the ids."""
+
+    sides: Mapping[str, Side]
+    parts: int
+
+    @classmethod
+    def of(cls, rows: Mapping[str, torch.Tensor], parts: int) -> "Whole":
+        """rows: int64 `[R, 2]` for each side, the tokens of prompt and whole row; a row of no tokens is padding."""
+        return cls({name: Side(found.new_zeros(len(found), 0), *found.T) for name, found in rows.items()}, parts)
+
+
+@dataclass(frozen=True)
 class Head:
     """Final states `[..., d]` to logits `[..., V]`; where that is one linear layer and a scale, its parts too."""
 
@@ -60,8 +73,9 @@ class Step:
         ref_head: Head,
         heads: Mapping[str, nn.Module] | nn.ModuleDict,
         progress: float,
+        whole: Whole | None = None,
     ):
-        self._sides, self._policy, self._reference = sides, policy, reference
+        self._sides, self._policy, self._reference, self._whole = sides, policy, reference, whole
         self._head, self._ref_head = head, ref_head
         self.heads = heads
         self.progress = progress
@@ -90,6 +104,18 @@ class Step:
         """int64 `[B, T]`, right-padded."""
         return self._sides[side].ids
 
+    def share(self, side: str, region: Region = "all", segment: int = 1) -> torch.Tensor | float:
+        """What multiplies a mean over this batch, so that the mean over micro-batches and processes is that of all tokens.
+
+        segment: as in `segment_means`; region "last" counts rows. 1 where the optimizer step is this batch alone.
+        """
+        if self._whole is None:
+            return 1.0
+        own, everything = (
+            _segments(sides[side].counts(region), segment).sum() for sides in (self._sides, self._whole.sides)
+        )
+        return own * self._whole.parts / everything.clamp(min=1)
+
     def logps(self, side: str, ref: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability of each continuation `[B]`, and its length in tokens `[B]`."""
         head, states, mask = (
@@ -104,15 +130,16 @@ class Step:
             return chunked_sequence_logps(states, weight, self.ids(side), mask, bias=bias, projection=head.projection)
 
     def token_kl(self, side: str, region: Region = "all", direction: Direction = "forward") -> torch.Tensor:
-        """Mean KL per token between reference and model at the positions of `region`, a scalar."""
+        """Mean KL per token between reference and model at the positions of `region`, a scalar, times `share`."""
+        share = self.share(side, region)
         states, ref_states, mask = self.hidden(side), self.hidden(side, ref=True), self.mask(side, region)
         head, ref_head = self._head, self._ref_head
         if head.linear is None or ref_head.linear is None:
             logits = head.logits(states[mask])  # [N, V]: padding never reaches the head
             with torch.no_grad():
                 ref_logits = ref_head.logits(ref_states[mask])
-            return token_kl(logits, ref_logits, torch.ones_like(logits[:, 0], dtype=torch.bool), direction)
-        return chunked_token_kl(
+            return share * token_kl(logits, ref_logits, torch.ones_like(logits[:, 0], dtype=torch.bool), direction)
+        return share * chunked_token_kl(
             states,
             head.linear.weight,
             ref_states,
@@ -127,6 +154,11 @@ class Step:
     def log(self, name: str, value: torch.Tensor | float) -> None:
         """Record a figure of this step under `name`."""
         self.logged[name] = float(value)
+
+
+def _segments(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """Windows of `size` that so many tokens of a row fill; 0: one for all of them."""
+    return (tokens > 0).long() if size == 0 else (tokens + size - 1) // size
 
 
 @dataclass(frozen=True)
@@ -148,6 +180,7 @@ def run_step(
     ref_sides: Collection[str] | None = None,
     plain: bool = False,
     chunked: bool = True,
+    whole: Whole | None = None,
 ) -> Step:
     """One forward of the model over all sides of `batch`, one of its reference over `ref_sides` (None: all), as a `Step`."""
     sides = {name: Side(**tensors) for name, tensors in batch.items()}
@@ -170,7 +203,7 @@ def run_step(
         head = replace(head, linear=_linear(model), projection=scaling)
         if reference is not None:
             ref_head = replace(ref_head, linear=_linear(reference.copy or model), projection=scaling)
-    return Step(sides, policy, frozen_states, head, ref_head, heads, progress)
+    return Step(sides, policy, frozen_states, head, ref_head, heads, progress, whole)
 
 
 def _linear(model: nn.Module) -> nn.Linear | None:

@@ -42,6 +42,12 @@ class Side:
             return (position >= prompts) & (position < lengths)
         return position == lengths - 1
 
+    def counts(self, region: Region) -> torch.Tensor:
+        """int64 `[B]`: how many tokens of each row `mask` is true at."""
+        if region == "last":
+            return (self.lengths > 0).long()
+        return {"all": self.lengths, "prompt": self.prompts, "continuation": self.lengths - self.prompts}[region]
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:

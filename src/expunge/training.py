@@ -35,7 +35,7 @@ from transformers import (
 
 from expunge.data import Pair, tokenize_pairs
 from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
-from expunge.engine import Step, check_head, collate, inside_forward, run_step, shares_prefix
+from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
 from expunge.models import Reference, context_length, width, without_dropout
@@ -124,6 +124,7 @@ class UnlearnTrainer(Trainer):
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
         self.chunked = args.layout == "auto"
         self.plain: bool | None = None  # decided on the first batch
+        self._whole: Whole | None = None
         self._since_log: dict[str, list[float]] = defaultdict(list)
         self._tokens, self._clock = 0, time.monotonic()
         super().__init__(
@@ -149,6 +150,18 @@ class UnlearnTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             delattr(inner, HEADS)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of the next optimizer step; their rows are counted together, over all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = len(batches) * self.accelerator.num_processes
+        self._whole = None if parts == 1 else Whole.of({side: self._rows(side, batches) for side in batches[0]}, parts)
+        return batches, items
+
+    def _rows(self, side: str, batches: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> torch.Tensor:
+        rows = torch.cat([torch.stack([batch[side]["prompts"], batch[side]["lengths"]], dim=1) for batch in batches])
+        rows = self.accelerator.pad_across_processes(rows.to(self.args.device), dim=0)  # with rows of no tokens
+        return self.accelerator.gather(rows)  # type: ignore[return-value]
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
@@ -183,6 +196,7 @@ class UnlearnTrainer(Trainer):
                 ref_sides=self.method.ref_sides,
                 plain=self.plain,
                 chunked=self.chunked,
+                whole=self._whole,
             )
             return step, self.method.loss(step)
 

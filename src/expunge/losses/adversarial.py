@@ -4,6 +4,7 @@ L_adv = 1/2 [ MM(-log(1 - D(h)), retain) + MM(-log D(h), forget) ]
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,19 @@ def reverse_gradient(x: torch.Tensor, weight: float) -> torch.Tensor:
     return _ReverseGradient.apply(x, weight)  # type: ignore[return-value]
 
 
-def domain_bce(logits: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def domain_bce(
+    logits: Mapping[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
+    shares: Mapping[str, torch.Tensor | float] = MappingProxyType({"retain": 1.0, "forget": 1.0}),
+) -> torch.Tensor:
     """L_adv above, a scalar: the two domains weigh the same whatever their lengths. ln 2 where D cannot tell.
 
-    logits: {"retain": `[B, T]`, "forget": `[B, T]`} of D, whose sigmoid is P(forget); masks: bool, the same shapes.
+    logits: {"retain": `[B, T]`, "forget": `[B, T]`} of D, whose sigmoid is P(forget); masks: bool, the same shapes;
+    shares: what each domain's mean is multiplied by, for one batch of several (`Step.share`).
     """
     retain = masked_mean(F.softplus(logits["retain"]), masks["retain"])
     forget = masked_mean(F.softplus(-logits["forget"]), masks["forget"])
-    return 0.5 * (retain + forget)
+    return 0.5 * (shares["retain"] * retain + shares["forget"] * forget)
 
 
 def segment_means(hidden: torch.Tensor, mask: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

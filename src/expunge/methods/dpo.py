@@ -43,4 +43,5 @@ class DPO(Method):
         step.log("reward_accuracy", (margins > 0).float().mean())
         if self.clamp is not None:
             step.log("clamped", (margins.abs() >= self.clamp).float().mean())
-        return {"preference": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, self.clamp)}
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, self.clamp)
+        return {"preference": step.share("retain", "last") * loss}

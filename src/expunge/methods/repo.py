@@ -86,7 +86,8 @@ class REPO(Method):
                 states = states.to(_dtype(discriminator))
                 states, masks[side] = segment_means(states, step.mask(side, self.erase_on), self.segment)
                 logits[side] = discriminator(states).squeeze(-1)
-        losses["erase"] = domain_bce(logits, masks)
+        shares = {side: step.share(side, self.erase_on, self.segment) for side in logits}
+        losses["erase"] = domain_bce(logits, masks, shares)
         _log_decisions(step, logits, masks)
         return losses
 

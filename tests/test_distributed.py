@@ -1,0 +1,79 @@
+"""Two processes on gloo train the same model as one with twice the batch, each method's final and middle states alike."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
+from expunge.data import Pair
+
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO()}
+PAIRS = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(16)]
+
+
+def train(folder, name, model, tokenizer, batch, accumulated=1):
+    args = UnlearnConfig(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulated,
+        max_steps=3,
+        warmup_steps=0,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = UnlearnTrainer(model, METHODS[name], args, PAIRS, tokenizer)
+    trainer.train()
+    return trainer
+
+
+def work(folder: Path) -> None:
+    """What each of the two processes runs: all methods one after the other."""
+    for name in METHODS:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.double)
+        trainer = train(folder, name, model, AutoTokenizer.from_pretrained(folder / "model"), batch=2, accumulated=2)
+        assert trainer.accelerator.num_processes == 2
+        save_file(trained(trainer), folder / f"{name}-{trainer.accelerator.process_index}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def trained(trainer: UnlearnTrainer) -> dict[str, torch.Tensor]:
+    tensors = dict(trainer.model.named_parameters()) | dict(trainer.heads.named_parameters())  # tied ones once
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory, tiny_model, tokenizer) -> Path:
+    """The folder where two processes left their weights, all methods in one go: starting them takes longest."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_model(dtype=torch.double).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__, folder]
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=os.environ | QUIET)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_the_model_of_one(tmp_path, twice, tiny_model, tokenizer, name):
+    alone = train(tmp_path, name, tiny_model(dtype=torch.double), tokenizer, batch=8)
+    expected = trained(alone)
+    start = dict(tiny_model(dtype=torch.double).named_parameters())
+    assert any((expected[key] - tensor).abs().max() > 1e-3 for key, tensor in start.items())  # it moved
+    for rank in (0, 1):
+        found = load_file(twice / f"{name}-{rank}.safetensors")
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)  # steps of 1e-2; D works in float32
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
