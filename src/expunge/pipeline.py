@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -264,7 +265,9 @@ def _evaluate(
     if not _done(folder, f"evaluate-{subject}", key) or not cache.exists():
         started = time.monotonic()
         if not cache.exists() or subject != "reference":
-            evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet).save(cache)
+            parts = _cache() / f"{key}.parts"
+            evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts).save(cache)
+            shutil.rmtree(parts, ignore_errors=True)
         facts = {
             "weights_sha256": inputs["weights"],
             "data_sha256": inputs["data"],

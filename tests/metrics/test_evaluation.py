@@ -87,6 +87,31 @@ def test_a_model_equals_itself_exactly(evaluation, tiny_model, tokenizer, data):
     assert any(row.ci_low == row.ci_high == 1.0 for row in paired if row.metric == "toxicity_ratio")
 
 
+class Watched(LetterScorer):
+    """Counts its calls, and is interrupted at one of them."""
+
+    calls, last = 0, 0
+
+    def score(self, texts):
+        self.calls += 1
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        return super().score(texts)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, evaluation, tiny_model, tokenizer, data):
+    judge = Watched("judge")
+    judge.last = 4
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(tiny_model(), tokenizer, data, PLAN, [judge, SCORERS[1]], parts=tmp_path)
+    judge = Watched("judge")
+    again = evaluate_model(tiny_model(), tokenizer, data, PLAN, [judge, SCORERS[1]], parts=tmp_path)
+    questions = {(s["dataset"], s["decode"], s["side"], s["k"]) for s in evaluation.samples}
+    assert judge.calls == len(questions) - 3
+    assert again.samples == evaluation.samples
+    assert [row.value for row in rows(again)] == [row.value for row in rows(evaluation)]
+
+
 def test_planted_toxicity_is_seen(tiny_model, tokenizer, data, evaluation):
     """Positive control: a model that prefers the token of 'a' is more toxic to a scorer that counts it."""
     planted = tiny_model()

@@ -9,6 +9,8 @@ sides; only what it writes itself is scored. With k = 0 both sides ask the same 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -82,10 +84,12 @@ def evaluate_model(
     plan: EvaluationPlan,
     scorers: Sequence[Scorer],
     progress: bool = False,
+    parts: Path | None = None,
 ) -> Evaluation:
     """Every figure of `plan` that `data` has text for. progress: show bars on standard error.
 
-    Raises ExpungeError where a prompt or pair does not fit the model's context.
+    parts: a folder for this model, data and plan alone, where each part is kept once it is measured; the same call goes on
+    from there. Raises ExpungeError where a prompt or pair does not fit the model's context.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     training = model.training
@@ -93,24 +97,38 @@ def evaluate_model(
     try:
         with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
             evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
-            evaluator.perplexities(data)
-            evaluator.f1(data.neutral)
+            measured = [partial(evaluator.perplexities, data), partial(evaluator.f1, data.neutral)]
             for question in evaluator.questions(data):
-                for decode, decoding in plan.decodings().items():
-                    evaluator.answer(question, decode, decoding)
-            evaluator.agreement()
+                measured += [partial(evaluator.answer, question, *how) for how in plan.decodings().items()]
+            found = evaluator.taken()
+            for number, measure in enumerate(measured):
+                kept = parts / str(number) if parts else None
+                if kept and kept.exists():
+                    found.extend(Evaluation.load(kept))
+                    continue
+                measure()
+                part = evaluator.taken()
+                if kept:
+                    part.save(kept)
+                found.extend(part)
+            evaluator.agreement(found)
     finally:
         model.train(training)
-    return evaluator.found
+    return found
 
 
 class _Evaluator:
-    """Collects the figures and samples of one model."""
+    """Collects the figures and samples of one model, until they are taken."""
 
     def __init__(self, model: Any, tokenizer: Any, plan: EvaluationPlan, scorers: Sequence[Scorer], bars: Progress):
         self.model, self.tokenizer, self.plan, self.scorers, self.bars = model, tokenizer, plan, scorers, bars
         self.start = leading_tokens(tokenizer)
         self.found = Evaluation()
+
+    def taken(self) -> Evaluation:
+        """What was found since the last call."""
+        found, self.found = self.found, Evaluation()
+        return found
 
     def add(self, key: Key, values: Any) -> None:
         self.found.figures.append(Figure.mean(key, np.asarray(values, dtype=np.float64)))
@@ -225,17 +243,17 @@ class _Evaluator:
         for metric, groups, measure in measures:
             self.add(replace(key, metric=metric), [np.mean([measure(one) for one in group]) for group in groups])
 
-    def agreement(self) -> None:
-        """Rank correlation of the first two scorers over all scored texts; needs both to vary."""
-        if len(self.scorers) < 2 or not self.found.samples:
+    def agreement(self, found: Evaluation) -> None:
+        """Rank correlation of the first two scorers over all scored texts, added to `found`; needs both to vary."""
+        if len(self.scorers) < 2 or not found.samples:
             return
-        a, b = (np.array([s["scores"][scorer.name] for s in self.found.samples]) for scorer in self.scorers[:2])
-        prompts = [(s["dataset"], s["prompt_id"]) for s in self.found.samples]
+        a, b = (np.array([s["scores"][scorer.name] for s in found.samples]) for scorer in self.scorers[:2])
+        prompts = [(s["dataset"], s["prompt_id"]) for s in found.samples]
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         if np.ptp(a) and np.ptp(b):
             columns = np.stack([a, b, [numbers[prompt] for prompt in prompts]], axis=1).astype(np.float64)
             names = " and ".join(scorer.name for scorer in self.scorers[:2])
-            self.found.figures.append(Figure(Key("scorer_spearman", scorer=names), "correlation", columns))
+            found.figures.append(Figure(Key("scorer_spearman", scorer=names), "correlation", columns))
 
     def generate(self, label: str, prompts: list[list[int]], decoding: Decoding) -> list[list[list[int]]]:
         bar = self.bars.add_task(label, total=None)

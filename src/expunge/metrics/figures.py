@@ -90,6 +90,11 @@ class Evaluation:
                 return figure
         raise KeyError(key)
 
+    def extend(self, other: "Evaluation") -> None:
+        """Add what another part of the same model's evaluation found."""
+        self.figures += other.figures
+        self.samples += other.samples
+
     def save(self, path: Path) -> None:
         """Write the folder `path` (safetensors and JSON lines) under a temporary name of this process, then rename it."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
