@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
 from expunge.data import Pair
+from expunge.rows import read_lines, write_lines
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO()}
@@ -42,8 +43,15 @@ def work(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.double)
         trainer = train(folder, name, model, AutoTokenizer.from_pretrained(folder / "model"), batch=2, accumulated=2)
         assert trainer.accelerator.num_processes == 2
+        write_lines(folder / f"{name}-{trainer.accelerator.process_index}.jsonl", logged(trainer))
         save_file(trained(trainer), folder / f"{name}-{trainer.accelerator.process_index}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+def logged(trainer: UnlearnTrainer) -> list[dict[str, float]]:
+    """The losses of each step, which are those of all its rows."""
+    names = ("loss", "anchor", "erase", "preference")
+    return [{name: line[name] for name in names if name in line} for line in trainer.state.log_history if "loss" in line]
 
 
 def trained(trainer: UnlearnTrainer) -> dict[str, torch.Tensor]:
@@ -70,6 +78,8 @@ def test_two_processes_train_the_model_of_one(tmp_path, twice, tiny_model, token
     start = dict(tiny_model(dtype=torch.double).named_parameters())
     assert any((expected[key] - tensor).abs().max() > 1e-3 for key, tensor in start.items())  # it moved
     for rank in (0, 1):
+        for line, whole in zip(read_lines(twice / f"{name}-{rank}.jsonl"), logged(alone), strict=True):
+            assert line == pytest.approx(whole, rel=1e-4, abs=1e-6)
         found = load_file(twice / f"{name}-{rank}.safetensors")
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)  # steps of 1e-2; D works in float32

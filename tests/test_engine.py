@@ -139,11 +139,15 @@ def test_an_adapter_on_the_head_is_in_the_logits(tiny_model):
     assert step.token_kl("retain") > 0.1
 
 
-def test_a_head_that_expunge_does_not_know_is_one_line(tiny_model):
+def test_a_head_that_expunge_does_not_know_is_one_line(tiny_model, monkeypatch):
     model = tiny_model("llama")
     check_head(model, collate(ROWS))
-    own = model.forward
-    model.forward = lambda **inputs: CausalLMOutput(logits=own(**inputs).logits + 1)  # an offset of its own
+    own = type(model).forward
+
+    def offset(*args, **inputs) -> CausalLMOutput:
+        return CausalLMOutput(logits=own(*args, **inputs).logits + 1)
+
+    monkeypatch.setattr(type(model), "forward", offset)
     with pytest.raises(ExpungeError, match="LlamaForCausalLM: its logits are not"):
         check_head(model, collate(ROWS))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from expunge.errors import ExpungeError
 from expunge.models import (
@@ -151,8 +151,11 @@ def test_a_frozen_copy_is_without_gradients_and_does_not_follow(tiny_model):
                 attention_dropout=0.3,
             )
         ),
+        OPTForCausalLM(
+            OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.3)
+        ),
     ],
-    ids=["gpt2", "llama"],
+    ids=["gpt2", "llama", "opt"],
 )
 def test_without_dropout_training_mode_is_deterministic(model: nn.Module):
     model.train()

@@ -319,6 +319,13 @@ def test_weights_in_half_precision_are_refused(trained, tiny_model):
         trained(REPO(), tiny_model(dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("method", [REPO(), DPO()], ids=["repo", "dpo"])
+def test_bfloat16_autocast_trains_nearly_the_same(trained, method):
+    one, other = (trained(method, bf16=flag, use_cpu=True, learning_rate=1e-3, warmup_steps=0) for flag in (False, True))
+    before, after = ([line["loss"] for line in steps_of(trainer)] for trainer in (one, other))
+    assert after == pytest.approx(before, rel=0.05) and after != before
+
+
 def test_a_half_precision_base_under_lora_is_not(trained, tiny_model):
     assert steps_of(trained(REPO(), add_lora(tiny_model(dtype=torch.bfloat16), rank=2)))[-1]["anchor"] > 0
 

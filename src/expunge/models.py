@@ -122,7 +122,7 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it."""
     head: Any = inner_model(model).get_output_embeddings()
     scale, cap = head_scaling(model)
-    logits = head(hidden) * scale
+    logits = head(hidden) if scale == 1 else head(hidden) * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -198,8 +198,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # Llama's attention and its kin
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):  # Llama's attention, OPT's blocks: F.dropout(x, p=...)
+                setattr(module, name, 0.0)
     return model
 
 

@@ -155,7 +155,7 @@ class UnlearnTrainer(Trainer):
         """The micro-batches of the next optimizer step; their rows are counted together, over all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         parts = len(batches) * self.accelerator.num_processes
-        self._whole = None if parts == 1 else Whole.of({side: self._rows(side, batches) for side in batches[0]}, parts)
+        self._whole = None if parts <= 1 else Whole.of({side: self._rows(side, batches) for side in batches[0]}, parts)
         return batches, items
 
     def _rows(self, side: str, batches: Sequence[Mapping[str, Mapping[str, torch.Tensor]]]) -> torch.Tensor:
@@ -227,9 +227,12 @@ class UnlearnTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the method logged since the last line, as means, and tokens per second."""
         if self._since_log:
-            logs.update({name: sum(values) / len(values) for name, values in self._since_log.items()})
             now = time.monotonic()
-            logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._clock)
+            means = [sum(values) / len(values) for values in self._since_log.values()]
+            figures = torch.tensor([*means, self._tokens / max(1e-9, now - self._clock)], dtype=torch.float32)
+            *means, speed = self.accelerator.reduce(figures.to(self.args.device), "mean").tolist()  # type: ignore[union-attr]
+            logs.update(zip(self._since_log, means, strict=True))
+            logs["tokens_per_second"] = speed * self.accelerator.num_processes
             self._since_log.clear()
             self._tokens, self._clock = 0, now
         super().log(logs, start_time)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from expunge.losses.likelihood import Direction
 
-CHUNK = 2**24  # logits at once: 64 MiB in float32; smaller chunks go over the gradient of the head more often
+CHUNK = 2**24  # logits at once: some four tensors of 64 MiB; smaller chunks go over the gradient of the head more often
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def chunked_token_kl(
     """`token_kl` of the logits that two heads give: mean KL per token between reference and model, a scalar.
 
     hidden, ref_hidden: final states `[..., d]`; weight, ref_weight: `[V, d]`; bias, ref_bias: `[V]`;
-    mask: bool `[...]`, the positions that count; chunk: logits that are there at a time.
+    mask: bool `[...]`, the positions that count; chunk: the most logits of either model that are made at a time.
     """
     kept, ref_kept = hidden[mask], ref_hidden[mask].detach()
     heads = (weight, bias, ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
@@ -85,8 +86,7 @@ def chunked_sequence_logps(
         raise ValueError("the first token of a row has no prediction: its mask must be false")
     scored = mask[:, 1:]
     logps = _TokenLogps.apply(hidden[:, :-1][scored], weight, bias, ids[:, 1:][scored], projection, chunk)
-    rows = scored.nonzero()[:, 0]
-    return logps.new_zeros(len(ids)).index_add(0, rows, logps), mask.sum(-1)  # type: ignore[union-attr]
+    return logps.new_zeros(scored.shape).masked_scatter(scored, logps).sum(-1), mask.sum(-1)  # type: ignore[union-attr]
 
 
 def chunked_cross_entropy(
@@ -154,7 +154,6 @@ class _TokenKL(torch.autograd.Function):
     ) -> torch.Tensor:
         need_hidden, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         grads = _Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
-        count = max(1, len(hidden))
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for rows in _slices(len(hidden), len(weight), chunk):
             logits = projection.logits(hidden[rows], weight, bias)
@@ -171,14 +170,17 @@ class _TokenKL(torch.autograd.Function):
                 total += kl.sum()
                 slope = gap.neg_().sub_(q.mul_(kl))
             if any(ctx.needs_input_grad):
-                grads.add(rows, projection.slope(slope.div_(count), logits), hidden, weight)
+                grads.add(rows, projection.slope(slope, logits), hidden, weight)
+        ctx.count = max(1, len(hidden))
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return total / count
+        return total / ctx.count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
-        hidden, weight, bias = (None if found is None else found.mul_(grad) for found in ctx.saved_tensors)
+        scale = grad / ctx.count  # not in forward: half precision would round small slopes to zero
+        hidden, weight, bias = (None if found is None else found * scale for found in ctx.saved_tensors)
         of_weight = None if weight is None else weight.to(ctx.dtypes[0])
         of_bias = None if bias is None else bias.to(ctx.dtypes[1])
         return hidden, None, of_weight, of_bias, None, None, None, None, None
@@ -213,6 +215,7 @@ class _TokenLogps(torch.autograd.Function):
         return torch.cat([empty, *logps])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
         hidden, weight, bias, ids, norms = ctx.saved_tensors
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
