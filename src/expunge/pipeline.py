@@ -265,7 +265,7 @@ def _evaluate(
     if not _done(folder, f"evaluate-{subject}", key) or not cache.exists():
         started = time.monotonic()
         if not cache.exists() or subject != "reference":
-            parts = _cache() / f"{key}.parts"
+            parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
             evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts).save(cache)
             shutil.rmtree(parts, ignore_errors=True)
         facts = {
