@@ -7,7 +7,7 @@ The rows of the forward are laid out by `expunge.layout`; methods never see how.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,11 +118,8 @@ class Step:
 
     def logps(self, side: str, ref: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability of each continuation `[B]`, and its length in tokens `[B]`."""
-        head, states, mask = (
-            self._ref_head if ref else self._head,
-            self.hidden(side, ref=ref),
-            self.mask(side, "continuation"),
-        )
+        head = self._ref_head if ref else self._head
+        states, mask = self.hidden(side, ref=ref), self.mask(side, "continuation")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not ref):
             if head.linear is None:
                 return sequence_logps(head.logits(states), self.ids(side), mask)
@@ -196,20 +193,17 @@ def run_step(
         with reference.of(model) as frozen:
             return head_logits(frozen, hidden)
 
-    head = Head(lambda states: head_logits(model, states))
-    ref_head = Head(ref_logits)
-    if chunked:
-        scaling = Projection(*head_scaling(model))
-        head = replace(head, linear=_linear(model), projection=scaling)
-        if reference is not None:
-            ref_head = replace(ref_head, linear=_linear(reference.copy or model), projection=scaling)
+    head = _head(model, lambda states: head_logits(model, states), chunked)
+    ref_head = _head(model if reference is None else reference.copy or model, ref_logits, chunked)
     return Step(sides, policy, frozen_states, head, ref_head, heads, progress, whole)
 
 
-def _linear(model: nn.Module) -> nn.Linear | None:
-    """The head where it is just a linear layer: no adapter on it, not quantized."""
-    head = inner_model(model).get_output_embeddings()
-    return head if type(head) is nn.Linear else None
+def _head(model: nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], chunked: bool) -> Head:
+    """In parts where they may be chunked and it is just a linear layer: no adapter on it, not quantized."""
+    layer = inner_model(model).get_output_embeddings()
+    if not chunked or type(layer) is not nn.Linear:
+        return Head(logits)
+    return Head(logits, layer, Projection(*head_scaling(model)))
 
 
 def _states(model: nn.Module, sides: Mapping[str, Side], layers: Sequence[Layer], plain: bool) -> States:
