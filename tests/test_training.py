@@ -222,13 +222,28 @@ def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, lora):
     assert [line["loss"] for line in steps_of(resumed)] == [line["loss"] for line in steps_of(whole)]
 
 
-def test_the_last_complete_checkpoint_is_found(tmp_path):
+def test_the_last_complete_checkpoint_is_found_and_half_written_ones_are_named(tmp_path, caplog):
     assert last_checkpoint(tmp_path / "none") is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-old"):
+    state = json.dumps({"global_step": 10})
+    written = {"checkpoint-9": state, "checkpoint-10": state, "checkpoint-20": state[:-1], "checkpoint-old": state}
+    for name, text in written.items():
         (tmp_path / name).mkdir()
-        if name != "checkpoint-20":
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        (tmp_path / name / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-30").mkdir()
+    with caplog.at_level("INFO", "expunge"):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    lines = [f"{tmp_path / name}: half-written, skipped" for name in ("checkpoint-30", "checkpoint-20")]
+    assert caplog.messages == lines
+
+
+def test_a_checkpoint_that_is_written_again_is_incomplete_until_it_is_whole(tmp_path, trained, monkeypatch):
+    trainer = trained(REPO(), save_strategy="steps", save_steps=3)
+    folder = tmp_path / "checkpoints" / "checkpoint-3"
+    assert last_checkpoint(tmp_path / "checkpoints") == folder
+    monkeypatch.setattr(trainer, "_save_scaler", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._save_checkpoint(trainer.model, None)
+    assert last_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_a_checkpoint_holds_the_heads_apart_and_no_pickled_arguments(tmp_path, trained):

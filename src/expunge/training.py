@@ -8,6 +8,8 @@ learning rate of their own, go into checkpoints, and stay out of the exported mo
 """
 
 import copy
+import json
+import logging
 import math
 import signal
 import time
@@ -32,6 +34,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from expunge.data import Pair, tokenize_pairs
 from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
@@ -41,6 +44,8 @@ from expunge.methods import Method
 from expunge.models import Reference, context_length, width, without_dropout
 
 HEADS = "expunge_heads"
+
+log = logging.getLogger("expunge")
 
 
 @dataclass
@@ -251,6 +256,17 @@ class UnlearnTrainer(Trainer):
             save_file(self.heads.state_dict(), folder / "heads.safetensors")
         self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that is written again is incomplete until it is whole: its state goes first and comes last."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state, which comes next, says that all processes are done
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner = self.accelerator.unwrap_model(model or self.model)
         with _without_heads(inner):
@@ -354,10 +370,18 @@ class StopOnInterrupt(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; the Trainer writes `trainer_state.json` last."""
-    steps = sorted(
-        (int(path.parent.name.removeprefix("checkpoint-")), path.parent)
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-        if path.parent.name.removeprefix("checkpoint-").isdigit()
-    )
-    return steps[-1][1] if steps else None
+    """The newest complete checkpoint in `folder`; one that a crash left half-written is skipped, and said to be."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    for step in sorted((int(step) for step in found if step.isdigit()), reverse=True):
+        if _complete(path := folder / f"checkpoint-{step}"):
+            return path
+        log.info("%s: half-written, skipped", path)
+    return None
+
+
+def _complete(checkpoint: Path) -> bool:
+    """The state is written last, and half of a JSON object is none."""
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
