@@ -62,6 +62,22 @@ def test_states_are_those_that_transformers_returns(tiny_model, architecture):
     assert not torch.equal(states["pre_norm"], states["final"])
 
 
+def test_blocks_above_the_deepest_layer_do_not_run(tiny_model, architecture):
+    model = tiny_model(architecture)
+    stack = list(blocks(model))
+    ran = []
+    for number, block in enumerate(stack):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    whole = hidden_states(model, IDS, MASK, [0, 1, "final"])
+    assert ran == [0, 1, 2]
+    part = hidden_states(model, IDS, MASK, [1, 0])
+    assert ran == [0, 1, 2, 0]
+    assert list(part) == [1, 0]
+    assert torch.equal(part[0], whole[0]) and torch.equal(part[1], whole[1])
+    assert list(blocks(model)) == stack
+    assert torch.equal(hidden_states(model, IDS, MASK, ["final"])["final"], whole["final"])
+
+
 def test_hooks_are_gone_afterwards_also_when_the_forward_fails(tiny_model):
     model = tiny_model()
     hidden_states(model, IDS, MASK, [1, "pre_norm"])
@@ -76,15 +92,16 @@ def test_a_layer_that_is_not_there_is_an_error(tiny_model, layer):
         hidden_states(tiny_model(), IDS, MASK, [layer])
 
 
+@pytest.mark.parametrize("above", [(), ("final",)], ids=["stopped", "to-the-end"])
 @pytest.mark.parametrize("layer", [0, 1, 2, "pre_norm"])
-def test_gradients_flow_through_hooked_states_with_and_without_checkpointing(tiny_model, layer):
+def test_gradients_flow_through_hooked_states_with_and_without_checkpointing(tiny_model, layer, above):
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model = without_dropout(model).train()
-        hidden_states(model, IDS, MASK, [layer, "final"])[layer].square().sum().backward()
+        hidden_states(model, IDS, MASK, [layer, *above])[layer].square().sum().backward()
         gradients.append(model.transformer.wte.weight.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0])

@@ -133,7 +133,7 @@ def hidden_states(
     layers: Sequence[Layer],
     position_ids: torch.Tensor | None = None,
 ) -> dict[Layer, torch.Tensor]:
-    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`.
+    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`; blocks above them do not run.
 
     attention_mask: `[B, T]`; or bool `[B, 1, T, T]`, who sees whom, with `position_ids` `[B, T]`.
     Raises ExpungeError for a layer that the model does not have.
@@ -158,20 +158,53 @@ def hidden_states(
     def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
         kept["pre_norm"] = output if isinstance(output, torch.Tensor) else output[0]
 
-    handles = [
-        stack[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
-        for layer in layers
-        if isinstance(layer, int)
-    ]
+    numbers = {layer for layer in layers if isinstance(layer, int)}
+    last = max(numbers, default=None) if numbers >= set(layers) else None
+    handles = [stack[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True) for layer in numbers - {last}]
     if "pre_norm" in layers:
         handles.append(stack[-1].register_forward_hook(keep_output))
     try:
-        output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False, **placed)
+        with contextlib.nullcontext() if last is None else _stop_before(stack, last):
+            output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False, **placed)
+        kept["final"] = output.last_hidden_state
+    except _Reached as reached:
+        kept[last] = reached.states  # type: ignore[index]
     finally:
         for handle in handles:
             handle.remove()
-    kept["final"] = output.last_hidden_state
     return {layer: kept[layer] for layer in layers}
+
+
+class _Reached(Exception):
+    """The forward got to the first block that nobody needs; `states` would have entered it."""
+
+    def __init__(self, states: torch.Tensor):
+        self.states = states
+
+
+class _End(nn.Module):
+    """Stands in for a block: what enters it ends the forward. Raised from a hook, that would leave open what
+    gradient checkpointing or FSDP2 had begun for the block."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "block", block)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)  # a body may ask a block for its kind of attention
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+
+@contextlib.contextmanager
+def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
+    block = stack[layer]
+    stack[layer] = _End(block)
+    try:
+        yield
+    finally:
+        stack[layer] = block
 
 
 class Reference:
