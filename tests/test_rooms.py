@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "provenance": LEAVES,
     "losses": set(),
     "models": LEAVES,
+    "states": LEAVES | {"models"},
     "layout": set(),
     "engine": LEAVES | {"layout", "losses", "models"},
     "generation": LEAVES | {"models"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "metrics": LEAVES | {"scorers", "generation", "models", "data"},
     "attacks": LEAVES | {"engine", "models", "losses", "probes", "metrics", "data", "training"},
     "analyses": LEAVES | {"engine", "probes", "models", "data"},
-    "training": LEAVES | {"engine", "methods", "models", "data"},
+    "training": LEAVES | {"engine", "methods", "models", "states", "data"},
     "report": LEAVES,
 }
 BUILDERS = {"data/builders.py", "data/harvest.py"}  # the only part of data that runs a model

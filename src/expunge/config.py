@@ -7,6 +7,7 @@ Sections whose keys belong to others (`method`, `training`) stay plain mappings 
 
 import contextlib
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -225,3 +226,9 @@ def _name(hint: Any) -> str:
     if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return "a section of keys"
     return names.get(hint, str(hint))
+
+
+def cache_folder(kind: str) -> Path:
+    """Where runs share what is costly to compute: in $EXPUNGE_CACHE, or expunge/ in the user's cache folder."""
+    base = os.environ.get("EXPUNGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expunge"
+    return Path(base) / kind

@@ -18,7 +18,7 @@ from expunge.layout import Packed, Region, Side, pack
 from expunge.losses import chunked_sequence_logps, chunked_token_kl, sequence_logps, token_kl
 from expunge.losses.chunked import PLAIN, Projection
 from expunge.losses.likelihood import Direction
-from expunge.models import Layer, Reference, head_logits, head_scaling, hidden_states, inner_model
+from expunge.models import Layer, Reference, head_logits, head_scaling, hidden_states, inner_model, original
 
 
 def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -185,22 +185,36 @@ def run_step(
     frozen_states = None
     if reference is not None and ref_layers:
         read = sides if ref_sides is None else {name: sides[name] for name in ref_sides if name in sides}
-        with reference.of(model) as frozen:
-            frozen_states = _states(frozen, read, ref_layers, plain)
+        if reference.stored is None:
+            with reference.of(model) as frozen:
+                frozen_states = _states(frozen, read, ref_layers, plain)
+        else:
+            packed = pack(read, plain=True)
+            lengths = torch.cat([side.lengths for side in read.values()])
+            found: dict[Layer, torch.Tensor] = {
+                layer: reference.stored.read(packed.ids, lengths, layer) for layer in ref_layers
+            }
+            frozen_states = States(packed, found)
+
+    frozen_head = None if reference is None else reference.head
 
     def ref_logits(hidden: torch.Tensor) -> torch.Tensor:
-        assert reference is not None  # without one there are no states to project
-        with reference.of(model) as frozen:
-            return head_logits(frozen, hidden)
+        with original(model):
+            return head_logits(model, hidden, frozen_head)
 
     head = _head(model, lambda states: head_logits(model, states), chunked)
-    ref_head = _head(model if reference is None else reference.copy or model, ref_logits, chunked)
+    ref_head = _head(model, ref_logits, chunked, frozen_head)
     return Step(sides, policy, frozen_states, head, ref_head, heads, progress, whole)
 
 
-def _head(model: nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], chunked: bool) -> Head:
+def _head(
+    model: nn.Module,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    chunked: bool,
+    layer: nn.Module | None = None,
+) -> Head:
     """In parts where they may be chunked and it is just a linear layer: no adapter on it, not quantized."""
-    layer = inner_model(model).get_output_embeddings()
+    layer = layer or inner_model(model).get_output_embeddings()
     if not chunked or type(layer) is not nn.Linear:
         return Head(logits)
     return Head(logits, layer, Projection(*head_scaling(model)))

@@ -6,15 +6,18 @@ model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expunge.errors import ExpungeError
+
+if TYPE_CHECKING:
+    from expunge.states import StoredStates
 
 BUILTIN = Path(__file__).parent / "assets" / "model"
 
@@ -118,9 +121,13 @@ def head_scaling(model: nn.Module) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
 
-def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it."""
-    head: Any = inner_model(model).get_output_embeddings()
+def head_logits(model: nn.Module, hidden: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
+    """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it.
+
+    head: a frozen copy of the model's head to take instead of it.
+    """
+    head = head or inner_model(model).get_output_embeddings()
+    assert head is not None  # a causal language model has one
     scale, cap = head_scaling(model)
     logits = head(hidden) if scale == 1 else head(hidden) * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -208,22 +215,43 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
 
 
 class Reference:
-    """The frozen original: the same model with its adapter off (LoRA), or a frozen copy (full fine-tuning)."""
+    """The frozen original: the same model with its adapter off (LoRA), or a frozen copy (full fine-tuning).
 
-    def __init__(self, model: nn.Module):
-        self.adapter = hasattr(model, "disable_adapter")
-        self.copy = None if self.adapter else copy.deepcopy(model).eval().requires_grad_(False)
+    stored: its states, computed before; then no more than its head is copied. `head` is None where an adapter is off.
+    """
+
+    def __init__(self, model: nn.Module, stored: "StoredStates | None" = None):
+        self.stored = stored
+        self.copy: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if not hasattr(model, "disable_adapter"):
+            if stored is None:
+                self.copy = _frozen(model)
+                self.head = inner_model(self.copy).get_output_embeddings()
+            else:
+                self.head = _frozen(inner_model(model).get_output_embeddings())  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference of `model`, without gradients, inside the block."""
-        with torch.no_grad():
-            if self.copy is not None:
-                device = next(model.parameters()).device
+        if self.copy is None:
+            with original(model):
+                yield model
+        else:
+            device = next(model.parameters()).device
+            with torch.no_grad():
                 yield self.copy.to(device)
-            else:
-                with model.disable_adapter():  # type: ignore[operator]
-                    yield model
+
+
+@contextlib.contextmanager
+def original(model: nn.Module) -> Iterator[None]:
+    """Without gradients, and without the adapter if there is one: what an untrained model was."""
+    with torch.no_grad(), model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():  # type: ignore[operator]
+        yield
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -237,10 +265,12 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Hex sha256 of all weights, names included: the model's identity in caches and provenance."""
+def weights_digest(model: nn.Module, skip: Container[str] = ()) -> str:
+    """Hex sha256 of all weights but those named, names included: the model's identity in caches and provenance."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name in skip:
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

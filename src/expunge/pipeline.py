@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 from transformers import set_seed
 
-from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
+from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
 from expunge.errors import ExpungeError, Interrupted
 from expunge.methods import METHODS, Method
@@ -261,7 +260,7 @@ def _evaluate(
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
     }
     key = digest(inputs)
-    cache = _cache() / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
+    cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
     if not _done(folder, f"evaluate-{subject}", key) or not cache.exists():
         started = time.monotonic()
         if not cache.exists() or subject != "reference":
@@ -277,12 +276,6 @@ def _evaluate(
         }
         _finish(folder, f"evaluate-{subject}", key, facts)
     return Evaluation.load(cache)
-
-
-def _cache() -> Path:
-    """Reference evaluations, by hash: $EXPUNGE_CACHE, or expunge/ in the user's cache folder."""
-    base = os.environ.get("EXPUNGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expunge"
-    return Path(base) / "evaluations"
 
 
 def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:

@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,8 @@ from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
-from expunge.models import Reference, context_length, width, without_dropout
+from expunge.models import Reference, context_length, original, weights_digest, width, without_dropout
+from expunge.states import StoredStates
 
 HEADS = "expunge_heads"
 
@@ -65,6 +66,12 @@ class UnlearnConfig(TrainingArguments):
     max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
     layout: str = field(
         default="auto", metadata={"help": "auto: chunked logits, and one shared prefix a pair where it is exact; or plain."}
+    )
+    reference: str = field(
+        default="live",
+        metadata={
+            "help": "live; or cached: its states are computed once and kept on disk, faster from the second epoch on."
+        },
     )
     anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
     anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
@@ -92,6 +99,11 @@ class PairRows(Dataset):
         if self.anchor:
             row["anchor"] = ([], self.anchor[index % len(self.anchor)])
         return row
+
+    def of(self, sides: Sequence[str] | None) -> Iterator[dict[str, tuple[list[int], list[int]]]]:
+        """All rows, without the sides that are not named; None: with all."""
+        for index in range(len(self)):
+            yield {side: ids for side, ids in self[index].items() if sides is None or side in sides}
 
 
 class UnlearnTrainer(Trainer):
@@ -124,7 +136,6 @@ class UnlearnTrainer(Trainer):
         _check_room(model, pairs)
         rows = PairRows(pairs, _windows(args, processing_class))
         without_dropout(model)
-        self.reference = Reference(model) if method.reference else None
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
         self.chunked = args.layout == "auto"
@@ -145,6 +156,17 @@ class UnlearnTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(StepBar())
         self.model_accepts_loss_kwargs = False  # transformers 5.17 and 5.18 name the same fact so
+        self.reference = None
+        if method.reference:
+            self.reference = Reference(model, self._stored(model, rows) if args.reference == "cached" else None)
+
+    def _stored(self, model: nn.Module, rows: "PairRows") -> StoredStates:
+        """The states that the method reads of the reference; one process of a machine computes them for all."""
+        adapter = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = weights_digest(model, skip=adapter if hasattr(model, "disable_adapter") else ())
+        ids = (prompt + continuation for row in rows.of(self.method.ref_sides) for prompt, continuation in row.values())
+        with self.args.main_process_first(desc="reference states"), original(model), self.accelerator.autocast():
+            return StoredStates.of(model, ids, self.method.ref_layers, weights, quiet=self.args.disable_tqdm is True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train` with the heads on the model, so that DDP and FSDP2 see their parameters; then without."""
@@ -292,6 +314,8 @@ def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
     """Raise ExpungeError for what would train, but not what was asked for."""
     if args.layout not in ("auto", "plain"):
         raise ExpungeError(f"training.layout={args.layout!r}: auto or plain")
+    if args.reference not in ("live", "cached"):
+        raise ExpungeError(f"training.reference={args.reference!r}: live or cached")
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if half := trained & {torch.float16, torch.bfloat16}:
         raise ExpungeError(
