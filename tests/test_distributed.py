@@ -1,4 +1,7 @@
-"""Two processes on gloo train the same model as one with twice the batch, each method's final and middle states alike."""
+"""Two processes on gloo train the same model as one with twice the batch, each method's final and middle states alike.
+
+Under DDP, which is what the trainer chooses; and with weights in shards, by `fully_shard` on the blocks and the model.
+"""
 
 import os
 import subprocess
@@ -8,14 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
 from expunge.data import Pair
+from expunge.engine import collate, inside_forward, run_step
+from expunge.models import Reference, blocks
 from expunge.rows import read_lines, write_lines
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO()}
+ROWS = [{"retain": ([5, 6], [7 + i, 9]), "forget": ([5, 6], [11, 12 + i])} for i in range(8)]
 PAIRS = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(16)]
 
 
@@ -45,7 +53,38 @@ def work(folder: Path) -> None:
         assert trainer.accelerator.num_processes == 2
         write_lines(folder / f"{name}-{trainer.accelerator.process_index}.jsonl", logged(trainer))
         save_file(trained(trainer), folder / f"{name}-{trainer.accelerator.process_index}.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.double)
+        rank = trainer.accelerator.process_index
+        save_file(sharded(name, model, ROWS[rank::2]), folder / f"{name}-sharded-{rank}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+def sharded(name: str, model, rows, shard: bool = True) -> dict[str, torch.Tensor]:
+    """The whole weights after three steps on this process' `rows`, every weight in shards while it trains."""
+    method, heads, reference = METHODS[name], heads_of(METHODS[name]), Reference(model)
+    model.add_module("heads", heads)
+    if shard:
+        for block in blocks(model):
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-3)
+
+    def losses(inner, batch):
+        step = run_step(inner, reference, batch, method.layers, method.ref_layers, heads, 0.5, method.ref_sides)
+        return step, method.loss(step)
+
+    for _ in range(3):
+        _, found = inside_forward(model, model, losses, collate(rows))
+        torch.stack(list(found.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {key: tensor.full_tensor() if shard else tensor for key, tensor in model.named_parameters()}
+    return {key: tensor.detach().clone() for key, tensor in whole.items()}
+
+
+def heads_of(method) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict(dict(method.heads(32))).double()
 
 
 def logged(trainer: UnlearnTrainer) -> list[dict[str, float]]:
@@ -83,6 +122,41 @@ def test_two_processes_train_the_model_of_one(tmp_path, twice, tiny_model, token
         found = load_file(twice / f"{name}-{rank}.safetensors")
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)  # steps of 1e-2; D works in float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_in_shards_train_to_those_of_one_process(twice, tiny_model, name):
+    expected = sharded(name, tiny_model(dtype=torch.double), ROWS, shard=False)
+    found = load_file(twice / f"{name}-sharded-0.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_accelerate_launches_the_command_line_on_two_processes(tmp_path, tiny_model, tokenizer):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_lines(tmp_path / "pairs.jsonl", map(vars, PAIRS))
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    settings = ["--model", tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "run"]
+    settings += ["training.max_steps=2", "training.per_device_train_batch_size=2", "training.use_cpu=true"]
+    command = map(str, [sys.executable, *launch, "--dynamo_backend", "no", "-m", "expunge", "train", *settings])
+    found = subprocess.run([*command], capture_output=True, text=True, timeout=300, env=os.environ | QUIET)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("model: ") == 1
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "rng_state_1.pth").exists()
+    assert len(read_lines(tmp_path / "run" / "training.jsonl")) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 if __name__ == "__main__":

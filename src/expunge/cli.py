@@ -55,8 +55,9 @@ def run(
         _print_plan(settings, output)
         return
     pipeline.run(settings, output, quiet)
-    _print_headline(output)
-    out.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    if pipeline.is_main_process():
+        _print_headline(output)
+        out.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -83,7 +84,8 @@ def train(
     pipeline.build_training(settings.training, output, settings.seed)
     pipeline.claim(output, settings)
     pipeline.train(settings, output, quiet)
-    out.print(f"model: {output / 'model'}", soft_wrap=True)
+    if pipeline.is_main_process():
+        out.print(f"model: {output / 'model'}", soft_wrap=True)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -115,8 +116,16 @@ def evaluation_plan(config: EvaluationConfig) -> EvaluationPlan:
     )
 
 
+def is_main_process() -> bool:
+    """Of several that a launcher started, the one that writes and measures; they differ in nothing but training."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
-    """The whole job into `folder`; returns the rows of `results.jsonl`. Safe to call again after an interruption."""
+    """The whole job into `folder`; returns the rows of `results.jsonl`. Safe to call again after an interruption.
+
+    Under `accelerate launch` all processes train; the main one measures, the others return no rows.
+    """
     config = resolve(config)
     build_method(config.method)  # complain before any work
     build_training(config.training, folder, config.seed)
@@ -124,6 +133,8 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     data = evaluation_data(config.data, config.evaluation)
     claim(folder, config)
     train(config, folder, quiet)
+    if not is_main_process():
+        return []
     rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet)
     write_report(folder)
     return rows
@@ -131,6 +142,8 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
 
 def claim(folder: Path, config: RunConfig) -> None:
     """Make `folder` this run's; ExpungeError where it holds another run or something else."""
+    if not is_main_process():
+        return
     path = folder / "config.yaml"
     wanted = dataclasses.asdict(config)
     if path.exists():
@@ -187,8 +200,10 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
         )
-    write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     trainer.save_model(str(folder / "model"))
+    if not is_main_process():
+        return
+    write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
         "reference_sha256": model_digest,
         "pairs": {

@@ -83,6 +83,11 @@ class UnlearnConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are token ids."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "As in transformers."})
 
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():  # accelerate takes several processes for several runs without it
+            self.use_cpu = True
+        super().__post_init__()
+
 
 class PairRows(Dataset):
     """Tokenised pairs as `{side: (prompt ids, continuation ids)}`, each with a window of neutral text if asked for."""
