@@ -137,20 +137,11 @@ def test_accelerate_launches_the_command_line_on_two_processes(tmp_path, tiny_mo
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     write_lines(tmp_path / "pairs.jsonl", map(vars, PAIRS))
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
+    launch = {"--num_processes": 2, "--num_machines": 1, "--mixed_precision": "no", "--dynamo_backend": "no"}
+    launcher = ["accelerate.commands.launch", "--multi_gpu", *(word for option in launch.items() for word in option)]
     settings = ["--model", tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "run"]
     settings += ["training.max_steps=2", "training.per_device_train_batch_size=2", "training.use_cpu=true"]
-    command = map(str, [sys.executable, *launch, "--dynamo_backend", "no", "-m", "expunge", "train", *settings])
+    command = map(str, [sys.executable, "-m", *launcher, "-m", "expunge", "train", *settings])
     found = subprocess.run([*command], capture_output=True, text=True, timeout=300, env=os.environ | QUIET)
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("model: ") == 1
