@@ -1,0 +1,354 @@
+"""A training step of expunge against plain forms of the same loss: CPU time, memory, operations.
+
+    python benchmarks/engine.py            # measures what is missing in benchmarks/results/engine.jsonl; then the tables
+    python benchmarks/engine.py --table    # the tables of what there is
+
+Every ratio is of steps that took turns in one process, on one thread: the median over rounds of one over the other. Before
+that, the variants of a method are held to the same loss. Memory is resident memory, each variant in a process of its own.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
+
+from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
+from expunge.data import Pair
+from expunge.engine import collate
+from expunge.provenance import environment
+from expunge.rows import read_lines, write_lines
+
+RESULTS = Path("benchmarks/results/engine.jsonl")
+ROUNDS = 7
+STILL = {
+    "model_type": "gpt2",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+GPT2_SMALL = {**STILL, "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}
+SMALL = {**STILL, "n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 50257, "n_positions": 512}
+GEMMA_VOCABULARY = {
+    "model_type": "gemma",
+    "num_hidden_layers": 4,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 256_000,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's configuration and a batch of pairs whose prompts and continuations all have these lengths in tokens."""
+
+    name: str
+    model: Mapping[str, Any]
+    method: str
+    batch: int = 8
+    prompt: int = 20
+    continuation: int = 20
+
+
+TIMED = [
+    Case("GPT-2 small, 20 + 20 tokens", GPT2_SMALL, "repo"),
+    Case("GPT-2 small, 20 + 20 tokens", GPT2_SMALL, "dpo"),
+    Case("GPT-2 small, 64 + 64 tokens", GPT2_SMALL, "repo", prompt=64, continuation=64),
+]
+GROWTH = [
+    *(Case(f"4 x 256, batch {batch}", SMALL, "repo", batch=batch) for batch in (4, 8, 16, 32)),
+    *(Case(f"4 x 256, {n} + {n} tokens", SMALL, "repo", prompt=n, continuation=n) for n in (20, 40, 80, 160)),
+    *(Case(f"4 x 256, vocabulary {v}", {**SMALL, "vocab_size": v}, "repo") for v in (8_192, 32_768, 131_072)),
+]
+WEIGHED = [
+    Case("GPT-2 small, 64 + 64 tokens", GPT2_SMALL, "repo", prompt=64, continuation=64),
+    Case("GPT-2 small, 64 + 64 tokens", GPT2_SMALL, "dpo", prompt=64, continuation=64),
+    Case("vocabulary 256,000, 4 x 512, 64 + 64 tokens", GEMMA_VOCABULARY, "repo", prompt=64, continuation=64),
+    *GROWTH,
+]
+METHODS = {"repo": REPO(weight=0.2), "dpo": DPO(beta=0.1, clamp=None)}
+BASELINE = {"repo": "plain form", "dpo": "TRL"}
+VARIANTS = {method: [baseline, "plain layout", "live", "cached"] for method, baseline in BASELINE.items()}
+
+
+def model_of(case: Case) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.model))
+
+
+@torch.no_grad()
+def move(model: torch.nn.Module) -> None:
+    """Away from its reference, where the losses would be trivial."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+
+
+def rows_of(case: Case) -> list[dict[str, tuple[list[int], list[int]]]]:
+    draw = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.prompt + 2 * case.continuation)
+    ids = torch.randint(1, case.model["vocab_size"], shape, generator=draw).tolist()
+    a, b = case.prompt, case.prompt + case.continuation
+    return [{"retain": (row[:a], row[a:b]), "forget": (row[:a], row[b:])} for row in ids]
+
+
+def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    """A word "7" is token 7."""
+    words = {"<eos>": 0, **{str(i): i for i in range(1, case.model["vocab_size"])}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+
+
+def step_of(variant: str, case: Case, folder: Path) -> tuple[torch.nn.Module, Callable[[], float]]:
+    """A model, and what computes its loss on the case's batch and adds the gradients to it."""
+    if variant == "plain form":
+        return plain_repo(case)
+    if variant == "TRL":
+        return trl_dpo(case, folder)
+    model, tokenizer = model_of(case), tokenizer_of(case)
+    args = UnlearnConfig(
+        output_dir=str(folder),
+        layout="plain" if variant == "plain layout" else "auto",
+        reference="cached" if variant == "cached" else "live",
+        max_prompt_tokens=case.prompt,
+        max_continuation_tokens=case.continuation,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    pairs = [Pair(*("".join(f" {i}" for i in ids) for ids in (*row["retain"], row["forget"][1]))) for row in rows_of(case)]
+    trainer = UnlearnTrainer(model, METHODS[case.method], args, pairs, tokenizer)
+    batch = collate([trainer.train_dataset[i] for i in range(case.batch)])  # type: ignore[index]
+    return model, training_step(trainer, batch)
+
+
+def training_step(trainer: Trainer, batch: Any) -> Callable[[], float]:
+    """Loss and gradients, as the trainer computes them within an epoch."""
+    trainer.current_gradient_accumulation_steps = 1
+    return lambda: trainer.training_step(trainer.model, batch).item()
+
+
+def plain_repo(case: Case) -> tuple[torch.nn.Module, Callable[[], float]]:
+    """REPO as one would write it down: a forward for each side with all its logits, and one of a frozen copy."""
+    model = model_of(case)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    torch.manual_seed(42)
+    discriminator = METHODS["repo"].heads(model.config.get_text_config().hidden_size)["discriminator"]
+    rows = rows_of(case)
+    retain, forget = (torch.tensor([row[side][0] + row[side][1] for row in rows]) for side in ("retain", "forget"))
+
+    def step() -> float:
+        kept = model(retain, output_hidden_states=True, use_cache=False)
+        erased = model(forget, output_hidden_states=True, use_cache=False)
+        with torch.no_grad():
+            wanted = reference(retain, use_cache=False).logits.log_softmax(-1)
+        anchor = F.kl_div(kept.logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
+        states = torch.cat([out.hidden_states[-1][:, case.prompt :].flatten(0, 1) for out in (kept, erased)])
+        labels = torch.cat([torch.zeros(len(states) // 2), torch.ones(len(states) // 2)])
+        erase = F.binary_cross_entropy_with_logits(discriminator(Reverse.apply(states)).squeeze(-1), labels)
+        loss = anchor + erase
+        loss.backward()
+        return loss.item()
+
+    return model, step
+
+
+class Reverse(torch.autograd.Function):
+    """The gradient, with its sign turned and at the weight of REPO."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return -METHODS["repo"].weight * grad
+
+
+def trl_dpo(case: Case, folder: Path) -> tuple[torch.nn.Module, Callable[[], float]]:
+    """TRL's trainer with a live reference, on the same token ids."""
+
+    class Pretokenized(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(names, (*row["retain"], row["forget"][1]), strict=True)) for row in rows_of(case)]
+    model = model_of(case)
+    trainer = Pretokenized(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=trl.DPOConfig(
+            output_dir=str(folder),
+            beta=METHODS["dpo"].beta,
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer_of(case),
+    )
+    batch = trainer.data_collator(rows)
+    return model, training_step(trainer, batch)
+
+
+def time_case(case: Case, variants: list[str]) -> dict[str, Any]:
+    """Seconds of CPU time of each variant's step, in rounds; and their operations against the rate of a matrix product."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {variant: step_of(variant, case, Path(folder) / variant.replace(" ", "-")) for variant in variants}
+        for model, _ in steps.values():
+            move(model)
+        losses = {variant: step() for variant, (_, step) in steps.items()}  # also the warm-up
+        first = losses[variants[0]]
+        assert all(abs(loss - first) < 1e-4 * abs(first) for loss in losses.values()), losses
+        operations = {}
+        for variant, (model, step) in steps.items():
+            with FlopCounterMode(display=False) as counter:
+                step()
+            operations[variant] = counter.get_total_flops()
+            model.zero_grad(set_to_none=False)
+        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+        rates = []
+        for _ in range(ROUNDS):
+            rates.append(matrix_rate(case))
+            for variant, (_, step) in steps.items():
+                start = time.process_time()
+                step()
+                seconds[variant].append(time.process_time() - start)
+    return {"seconds": seconds, "operations": operations, "operations_per_second": rates}
+
+
+def matrix_rate(case: Case) -> float:
+    """Operations a second of CPU time in a product of the shape of the feed-forward layers."""
+    width = model_width(case)
+    tokens = case.batch * (case.prompt + 2 * case.continuation)
+    a, b = torch.randn(tokens, width), torch.randn(width, 4 * width)
+    a @ b
+    start, runs = time.process_time(), 0
+    while time.process_time() - start < 0.3:
+        a @ b
+        runs += 1
+    return runs * 2 * tokens * width * 4 * width / (time.process_time() - start)
+
+
+def model_width(case: Case) -> int:
+    return case.model.get("n_embd") or case.model["hidden_size"]
+
+
+def weigh(case: Case, variant: str) -> dict[str, int]:
+    """Bytes that the most of memory lies above weights, gradients and Adam's state, in steps of this process."""
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+    trim(0)
+    start = resident("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        model, step = step_of(variant, case, Path(folder))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
+        for _ in range(2):
+            step()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        step()
+        peak = resident("VmHWM")
+    trained = 4 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return {"beyond": peak - start - trained, "trained": trained}
+
+
+def resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="print the tables of what there is, and stop")
+    parser.add_argument("--weigh", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: case number, variant
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.weigh:
+        number, variant = arguments.weigh
+        print(json.dumps(weigh(WEIGHED[int(number)], variant)))
+        return
+    records = read_lines(RESULTS) if RESULTS.exists() else []
+    jobs: list[tuple[str, Case, Callable[[], dict[str, Any]]]] = []
+    jobs += [("time", case, partial(time_case, case, VARIANTS[case.method])) for case in TIMED]
+    jobs += [("growth", case, partial(time_case, case, ["plain form", "cached"])) for case in GROWTH]
+    jobs += [("memory", case, partial(weigh_all, number, case)) for number, case in enumerate(WEIGHED)]
+    for kind, case, job in [] if arguments.table else jobs:
+        head = {"kind": kind, **asdict(case)}
+        if not any(all(record[key] == value for key, value in head.items()) for record in records):
+            print(kind, case.name, case.method, flush=True)
+            records.append({**head, **job(), "environment": environment()})
+            write_lines(RESULTS, records)
+    print(tables(records))
+
+
+def weigh_all(number: int, case: Case) -> dict[str, Any]:
+    variants = [name for name in VARIANTS[case.method] if case not in GROWTH or name in ("plain form", "cached")]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}  # freed blocks go back
+    environ |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = {}
+    for variant in variants:
+        command = [sys.executable, __file__, "--weigh", str(number), variant]
+        done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+        found[variant] = json.loads(done.stdout.splitlines()[-1])
+    return {"bytes": found}
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| step | CPU time (s) | against the first | operations | share of the matrix rate |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for record in records:
+        if record["kind"] == "memory":
+            continue
+        first = next(iter(record["seconds"].values()))
+        rate = statistics.median(record["operations_per_second"])
+        for variant, seconds in record["seconds"].items():
+            middle, operations = statistics.median(seconds), record["operations"][variant]
+            ratios = [one / other for one, other in zip(first, seconds, strict=True)]
+            speed = f"{statistics.median(ratios):.2f} x faster ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells = [f"{record['method']}, {record['name']}: {variant}", f"{middle:.2f}", speed]
+            cells += [f"{operations / 1e9:.0f} G", f"{operations / rate / middle:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| memory beyond weights, gradients, Adam | MB | against the first |", "| --- | --- | --- |"]
+    for record in records:
+        if record["kind"] == "memory":
+            first = next(iter(record["bytes"].values()))["beyond"]
+            for variant, found in record["bytes"].items():
+                name = f"{record['method']}, {record['name']}: {variant}"
+                lines.append(f"| {name} | {found['beyond'] / 1e6:.0f} | {found['beyond'] / first:.2f} x |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
