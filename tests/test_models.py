@@ -12,6 +12,7 @@ from expunge.models import (
     context_length,
     head_logits,
     hidden_states,
+    in_batches,
     inner_model,
     load_model,
     weights_digest,
@@ -105,6 +106,23 @@ def test_gradients_flow_through_hooked_states_with_and_without_checkpointing(tin
         gradients.append(model.transformer.wte.weight.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_batches_are_halved_where_memory_runs_out():
+    done, tried, shown = [], [], []
+
+    def work(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        done.extend(batch)
+
+    in_batches(range(11), 8, work, lambda *figures: shown.append(figures))
+    assert done == list(range(11))
+    assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert shown[-1] == (11, 11)
+    with pytest.raises(ExpungeError, match="out of memory with a single row"):
+        in_batches([1], 4, lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError))
 
 
 def test_the_parts_of_a_model_are_found_with_and_without_lora(tiny_model, architecture):

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import DynamicLayer
 
 from expunge.errors import ExpungeError
-from expunge.models import context_length, inner_model
+from expunge.models import context_length, in_batches, inner_model
 
 TOP = 1024
 """Logits that are sorted at every step; a row whose nucleus is wider is raced in full, without sorting."""
@@ -67,17 +67,11 @@ def generate(
     done: dict[Row, list[int]] = {}
     with _quiet_inference(model) as inner:
         size = batch_size or _rows_that_fit(inner, max(map(len, distinct), default=0) + decoding.max_new_tokens)
-        while len(done) < len(rows):
-            batch = rows[len(done) : len(done) + size]
-            try:
-                done.update(zip(batch, _continue_rows(inner, tokenizer, distinct, batch, decoding), strict=True))
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise ExpungeError("generation: out of memory with a single row; use a smaller model") from None
-                size = len(batch) // 2
-                continue
-            if progress:
-                progress(len(done), len(rows))
+
+        def work(batch: Sequence[Row]) -> None:
+            done.update(zip(batch, _continue_rows(inner, tokenizer, distinct, batch, decoding), strict=True))
+
+        in_batches(rows, size, work, progress)
     number_of = {key: number for number, key in enumerate(distinct)}
     return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
 
@@ -128,7 +122,7 @@ def _rows_that_fit(model: PreTrainedModel, length: int) -> int:
 
 
 def _continue_rows(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], rows: list[Row], decoding: Decoding
+    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], rows: Sequence[Row], decoding: Decoding
 ) -> list[list[int]]:
     """New ids of each row of one batch. Samples of a prompt share its prefill."""
     first = rows[0][0]

@@ -214,6 +214,31 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
         stack[layer] = block
 
 
+def in_batches(
+    items: Sequence[Any],
+    size: int,
+    work: Callable[[Sequence[Any]], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """`work` on runs of `size` items; of half as many from where the device runs out of memory.
+
+    progress: called with (items done, items in all). Raises ExpungeError where not even one item fits.
+    """
+    done = 0
+    while done < len(items):
+        batch = items[done : done + size]
+        try:
+            work(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise ExpungeError("out of memory with a single row; use a smaller model, or shorter text") from None
+            size = len(batch) // 2
+            continue
+        done += len(batch)
+        if progress:
+            progress(done, len(items))
+
+
 class Reference:
     """The frozen original: the same model with its adapter off (LoRA), or a frozen copy (full fine-tuning).
 

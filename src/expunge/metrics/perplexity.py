@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
-from expunge.models import context_length, head_logits, hidden_states
+from expunge.models import context_length, head_logits, hidden_states, in_batches
 
 LONGEST_WINDOW = 1024
 BATCH_TOKENS = 8192
@@ -44,10 +44,9 @@ def row_nll(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     nll = np.zeros(len(rows))
     count = np.array([len(ids) - first for ids, first in rows])
-    done = 0
-    while done < len(order):
-        longest = len(rows[order[done]][0])
-        batch = order[done : done + max(1, BATCH_TOKENS // longest)]
+
+    def work(batch: Sequence[int]) -> None:
+        longest = len(rows[batch[0]][0])
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         scored = torch.zeros(len(batch), longest, dtype=torch.bool)
         attention = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -60,9 +59,8 @@ def row_nll(
         predicting = states[row_of.to(device), position.to(device) - 1]
         losses = _token_nll(model, predicting, ids[row_of, position].to(device))
         nll[batch] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row_of, losses.double().cpu()).numpy()
-        done += len(batch)
-        if progress:
-            progress(done, len(order))
+
+    in_batches(order, max(1, BATCH_TOKENS // max((len(ids) for ids, _ in rows), default=1)), work, progress)
     return nll, count
 
 
