@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from expunge.cli import main
 
@@ -139,7 +140,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "weight: 0.7" in plan
     assert "steps: 6" in plan
+    assert "verdict: 'fits: " in plan
     assert not out.exists()
+
+
+def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_DATA", "/no/such/folder")
+    assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.rank=2") == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert found["machine"]["data"] == "EXPUNGE_DATA=/no/such/folder, which is no folder"
+    assert found["run"]["trained"] < found["run"]["parameters"]
+    assert call("doctor", "--model", home) == 2
+    assert "cannot load a causal language model" in capsys.readouterr().err
 
 
 MISTAKES = {

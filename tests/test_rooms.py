@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "attacks": LEAVES | {"engine", "models", "losses", "probes", "metrics", "data", "training"},
     "analyses": LEAVES | {"engine", "probes", "models", "data"},
     "training": LEAVES | {"engine", "methods", "models", "states", "data"},
+    "estimate": LEAVES | {"training", "methods", "models", "losses", "data"},
+    "doctor": LEAVES | {"provenance", "pipeline", "estimate", "data", "models"},
     "report": LEAVES,
 }
 BUILDERS = {"data/builders.py", "data/harvest.py"}  # the only part of data that runs a model

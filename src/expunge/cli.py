@@ -1,4 +1,4 @@
-"""The command line, and the only reader of argv: `expunge run | train | evaluate | generate | score | report | list`.
+"""The command line, and the only reader of argv: `expunge run`, `train`, `evaluate`, `doctor` and the rest.
 
 Bad input is one line on standard error and exit status 2; Ctrl-C saves a checkpoint and exits with 130.
 """
@@ -86,6 +86,26 @@ def train(
     pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
         out.print(f"model: {output / 'model'}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    budget: Budget = "quick",
+) -> None:
+    """Say what this machine offers, and estimate memory and time of a run without loading the model."""
+    import yaml
+
+    from expunge.doctor import machine
+
+    _hush()
+    settings = _settings(overrides, config, model, method, pairs, budget)
+    found = {"machine": machine(), "run": {"model": settings.model, **_figures(settings)}}
+    print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
 
 
 @app.command()
@@ -257,7 +277,23 @@ def _print_plan(settings: Any, folder: Path) -> None:
     plan["pairs"] = len(pairs)
     plan["steps"] = pipeline.steps_of(args, len(pairs))
     plan["out"] = str(folder)
+    plan["estimate"] = _figures(settings)
     print(yaml.safe_dump(plan, sort_keys=False), end="")
+
+
+def _figures(settings: Any) -> dict[str, Any]:
+    from expunge.doctor import advice, forecast
+
+    made = forecast(settings)
+    return {
+        "parameters": made.parameters,
+        "trained": made.trained,
+        "memory in GB": {name: round(size / 1e9, 2) for name, size in made.memory.items()},
+        "peak in GB": round(made.peak / 1e9, 2),
+        "operations a step in TFLOP": float(f"{made.operations / 1e12:.3g}"),
+        "minutes of training": float(f"{made.seconds / 60:.2g}"),
+        "verdict": advice(made, settings),
+    }
 
 
 def _print_headline(folder: Path) -> None:

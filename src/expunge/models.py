@@ -6,13 +6,21 @@ model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA
 import contextlib
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from expunge.errors import ExpungeError
 
@@ -40,26 +48,54 @@ def load_model(
     name: "builtin", a hub name or a folder; a PEFT adapter folder is loaded onto its base and merged.
     Raises ExpungeError, one line, where there is no such model, no tokenizer, or it is not a causal model.
     """
-    source = str(BUILTIN) if str(name) == "builtin" else str(name)
+    source = _source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        if (Path(source) / "adapter_config.json").is_file():
+    with _readable(name):
+        _, tokenizer = load_outline(name, **common)
+        if _is_adapter(source):
             model = _load_adapter(source, dtype, attn_implementation, common)
         else:
-            config = AutoConfig.from_pretrained(source, **common)
-            if getattr(config, "is_encoder_decoder", False):
-                raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **common
             )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def load_outline(
+    name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of what `load_model` would load, without the weights; errors as there."""
+    source = _source(name)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _readable(name):
+        base = source
+        if _is_adapter(source):
+            base = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = AutoConfig.from_pretrained(base, **common)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
+        raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
+    return config, tokenizer
+
+
+def _source(name: str | Path) -> str:
+    return str(BUILTIN) if str(name) == "builtin" else str(name)
+
+
+def _is_adapter(source: str) -> bool:
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+@contextlib.contextmanager
+def _readable(name: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
-        raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def _load_adapter(

@@ -1,0 +1,114 @@
+"""Estimates against what is really held: bytes that autograd keeps, parameters, and the peak of a run in a process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from expunge import DPO, REPO, UnlearnConfig
+from expunge.config import LoraConfig, RunConfig
+from expunge.data.tokenize import TokenizedPair
+from expunge.doctor import Forecast, advice, free_memory
+from expunge.estimate import estimate, rows_of
+from expunge.models import add_lora, hidden_states, without_dropout
+
+
+def config(**changes) -> UnlearnConfig:
+    return UnlearnConfig(output_dir="nowhere", use_cpu=True, per_device_train_batch_size=4, **changes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_autograd_keeps_is_counted(tiny_model, architecture, lora, checkpointing):
+    model = tiny_model(architecture).train()
+    model.config.attention_dropout = 0.0
+    args = config(gradient_checkpointing=checkpointing)
+    made = estimate(model.config, DPO(), args, LoraConfig(rank=2) if lora else None, prompt=5, continuation=4)
+    if lora:
+        model = add_lora(model, rank=2)
+    without_dropout(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids, seen = torch.zeros(4, 13, dtype=torch.long), torch.ones(4, 1, 13, 13, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_states(model, ids, seen, ["final"], ids)
+    assert made.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert made.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert 0.9 * real < made.parts["activations"] < (8 if checkpointing else 1.5) * real
+
+
+def test_parts_follow_from_the_method_and_the_settings(tiny_model):
+    outline = tiny_model().config
+    full, cached, adapter = (
+        estimate(outline, REPO(), config(), None),
+        estimate(outline, REPO(), config(reference="cached"), None),
+        estimate(outline, REPO(), config(), LoraConfig(rank=2)),
+    )
+    weights = full.parts["weights"]
+    assert weights == full.parts["gradients"] == full.parts["optimizer"] // 2 == full.parts["reference"]
+    assert cached.parts["reference"] == 320 * 32 * 4
+    assert adapter.parts["reference"] == 0
+    assert adapter.parts["gradients"] == 4 * adapter.trained < weights / 4
+    assert cached.operations < full.operations
+    twice = estimate(outline, REPO(), config(gradient_accumulation_steps=2), None)
+    assert twice.operations == 2 * full.operations
+    assert twice.parts["activations"] == full.parts["activations"]
+
+
+def test_operations_are_six_for_each_weight_and_token():
+    outline = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=1000)
+    made = estimate(outline, DPO(), config(reference="cached"), prompt=8, continuation=8)
+    tokens = 4 * (8 + 2 * 8)
+    matrices = 2 * 12 * 64 * 64
+    scored = 1000 * 64
+    assert made.operations == pytest.approx(tokens * (6 * matrices + 8 * scored), rel=0.1)  # attention is the rest
+
+
+def test_rows_are_the_longest_pair_and_what_a_batch_is_padded_to():
+    pairs = [TokenizedPair([1] * 2, [1] * n, [1] * n) for n in (1, 1, 1, 9)]
+    assert rows_of(pairs, batch=1) == ((2, 9), (2, 3))
+    assert rows_of(pairs, batch=4) == ((2, 9), (2, 9))
+
+
+@pytest.mark.parametrize("settings", [[], ["lora.rank=4"], ["training.reference=cached"]], ids=["full", "lora", "cached"])
+def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
+    outline = GPT2Config(n_layer=4, n_embd=512, n_head=8, vocab_size=40_000, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(outline).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = " the river runs past the old mill" * 10
+    pairs = [{"prompt": text, "chosen": f"{text} {i}", "rejected": f" {i} {text}"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = [tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", *settings, "training.max_steps=2"]
+    command += ["training.per_device_train_batch_size=8", "training.use_cpu=true"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def expunge(verb: str, *more: object) -> str:
+        words = map(str, [sys.executable, "-m", "expunge", verb, "--model", *command, *more])
+        environ["EXPUNGE_CACHE"] = str(tmp_path / "cache")
+        return subprocess.run([*words], env=environ, check=True, capture_output=True, text=True).stdout
+
+    expunge("train", "--out", tmp_path / "run", "training.save_strategy=no", "--quiet")
+    facts = json.loads((tmp_path / "run" / "stages" / "train.json").read_text())
+    said = yaml.safe_load(expunge("doctor"))["run"]
+    assert said["peak in GB"] == pytest.approx(facts["peak_memory_bytes"] / 1e9, rel=0.25)
+    assert said["verdict"].startswith("fits")
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    made = Forecast(1, 1, 1, 1, {}, free_memory() * 10, 1, 1.0)
+    assert "does not fit" in advice(made, RunConfig()) and "lora.rank" in advice(made, RunConfig())
+    assert "lora.rank" not in advice(made, RunConfig(lora=LoraConfig()))
