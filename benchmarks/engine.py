@@ -221,6 +221,7 @@ def trl_dpo(case: Case, folder: Path) -> tuple[torch.nn.Module, Callable[[], flo
 def time_case(case: Case, variants: list[str]) -> dict[str, Any]:
     """Seconds of CPU time of each variant's step, in rounds; and their operations against the rate of a matrix product."""
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["EXPUNGE_CACHE"] = folder
         steps = {variant: step_of(variant, case, Path(folder) / variant.replace(" ", "-")) for variant in variants}
         for model, _ in steps.values():
             move(model)
@@ -267,6 +268,7 @@ def weigh(case: Case, variant: str) -> dict[str, int]:
     trim(0)
     start = resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["EXPUNGE_CACHE"] = folder
         model, step = step_of(variant, case, Path(folder))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
         for _ in range(2):

@@ -18,11 +18,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
 from expunge.data import Pair
 from expunge.engine import collate, inside_forward, run_step
+from expunge.methods import Method
 from expunge.models import Reference, blocks
 from expunge.rows import read_lines, write_lines
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO()}
+
+
+class Middle(Method):
+    """Its loss reads one block's states alone: the forward stops there, and the weights above get no gradient."""
+
+    layers = ref_layers = (1,)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        pass
+
+    def loss(self, step):
+        gap = step.hidden("forget", 1) - 0.5 * step.hidden("forget", 1, ref=True)
+        mask = step.mask("forget", "continuation")
+        return {"erase": step.share("forget", "continuation") * gap.square().mean(-1)[mask].mean()}
+
+
+METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO(), "middle": Middle()}
 ROWS = [{"retain": ([5, 6], [7 + i, 9]), "forget": ([5, 6], [11, 12 + i])} for i in range(8)]
 PAIRS = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(16)]
 

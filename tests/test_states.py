@@ -1,4 +1,7 @@
+import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
 from expunge.config import cache_folder
 from expunge.errors import ExpungeError
-from expunge.models import add_lora, hidden_states, weights_digest
+from expunge.models import Reference, add_lora, hidden_states, weights_digest
 from expunge.states import StoredStates
 
 ROWS = [[5, 17, 9], [8], [5, 17, 9, 40, 41], [5, 17, 9]]
@@ -39,8 +42,7 @@ def test_what_is_read_is_what_the_model_computes(tiny_model, architecture, dtype
     mask = torch.arange(5)[None] < lengths[:, None]
     with torch.no_grad():
         expected = hidden_states(model, ids, mask.long(), LAYERS)
-    for layer in LAYERS:
-        states = found.read(ids, lengths, layer)
+    for layer, states in found.read(ids, lengths, LAYERS).items():
         assert states.dtype == expected[layer].dtype
         torch.testing.assert_close(states[mask], expected[layer][mask], rtol=1e-4, atol=2e-2 if dtype.itemsize < 4 else 1e-5)
         assert not states[~mask].any()
@@ -73,7 +75,7 @@ def test_the_same_is_computed_once_and_whatever_changes_is_computed_again(tiny_m
 
 def test_a_row_that_was_not_stored_is_an_error(tiny_model):
     with pytest.raises(KeyError):
-        stored(tiny_model()).read(torch.tensor([[1, 2]]), torch.tensor([2]), "final")
+        stored(tiny_model()).read(torch.tensor([[1, 2]]), torch.tensor([2]), LAYERS)
 
 
 def test_the_size_is_said_before_and_a_full_disk_is_one_line(tiny_model, cache, monkeypatch, caplog):
@@ -120,7 +122,13 @@ def test_a_cached_reference_trains_the_model_of_a_live_one(tmp_path, tiny_model,
             anchor_text=str(text) if isinstance(method, REPO) else None,
             anchor_tokens=8,
         )
-        trainer = UnlearnTrainer(add_lora(model, rank=2) if lora else model, method, args, pairs, tokenizer)
+        if lora:
+            model = add_lora(model, rank=2)
+            with torch.no_grad():  # an adapter that does something, so that it shows where it is not off
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.1)
+        trainer = UnlearnTrainer(model, method, args, pairs, tokenizer)
         trainer.train()
         return trainer
 
@@ -132,6 +140,42 @@ def test_a_cached_reference_trains_the_model_of_a_live_one(tmp_path, tiny_model,
     tolerance = 2e-2 if bf16 else 1e-5
     for name, tensor in live.model.named_parameters():
         torch.testing.assert_close(cached.model.get_parameter(name), tensor, rtol=tolerance, atol=tolerance)
+
+
+def test_adapters_on_one_base_share_the_states_of_the_base(tmp_path, tiny_model, tokenizer, pairs, cache):
+    args = UnlearnConfig(output_dir=str(tmp_path), reference="cached", use_cpu=True, disable_tqdm=True)
+    for seed in (0, 1):
+        model = add_lora(tiny_model(), rank=2 + seed)
+        UnlearnTrainer(model, REPO(), args, pairs, tokenizer)
+    assert len(list(cache.iterdir())) == 1
+    UnlearnTrainer(add_lora(tiny_model(seed=1), rank=2), REPO(), args, pairs, tokenizer)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_stored_states_have_no_body_to_run(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="no body to run"), Reference(model, stored(model)).of(model):
+        pass
+
+
+def test_what_a_killed_run_left_is_swept_after_a_day(tiny_model, cache):
+    for name, age in ((".new-old", 2 * 24 * 3600), (".new-now", 0)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
+    stored(tiny_model())
+    assert sorted(path.name for path in cache.iterdir() if path.name.startswith(".")) == [".new-now"]
+
+
+def test_of_two_runs_at_once_the_faster_one_counts(tiny_model, cache, monkeypatch):
+    rename = Path.rename
+
+    def late(self, target):
+        shutil.copytree(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    stored(tiny_model())
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_another_reference_is_one_line(tmp_path, tiny_model, tokenizer, pairs):

@@ -125,6 +125,8 @@ def evaluate(
     from expunge.scorers import load_scorer
 
     _hush()
+    if not pipeline.is_main_process():
+        return
     folder = Path(model)
     is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
     settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
@@ -283,15 +285,20 @@ def _print_plan(settings: Any, folder: Path) -> None:
 
 def _figures(settings: Any) -> dict[str, Any]:
     from expunge.doctor import advice, forecast
+    from expunge.estimate import CannotEstimate
 
-    made = forecast(settings)
+    try:
+        made = forecast(settings)
+    except CannotEstimate as error:
+        return {"not available": str(error)}
+    memory = {name: round(size / 1e9, 2) for name, size in {"process": made.process, **made.memory}.items()}
     return {
         "parameters": made.parameters,
         "trained": made.trained,
-        "memory in GB": {name: round(size / 1e9, 2) for name, size in made.memory.items()},
+        "memory in GB": memory,
         "peak in GB": round(made.peak / 1e9, 2),
         "operations a step in TFLOP": float(f"{made.operations / 1e12:.3g}"),
-        "minutes of training": float(f"{made.seconds / 60:.2g}"),
+        "minutes of training, roughly": None if made.seconds is None else float(f"{made.seconds / 60:.2g}"),
         "verdict": advice(made, settings),
     }
 

@@ -15,7 +15,7 @@ import torch
 
 from expunge.config import RunConfig, cache_folder
 from expunge.data import load_pairs, tokenize_pairs
-from expunge.estimate import SHARE, estimate, matrix_rate, rows_of
+from expunge.estimate import SHARE, estimate, matrix_rate, resident, rows_of
 from expunge.models import load_outline
 from expunge.pipeline import build_method, build_training, resolve, steps_of
 from expunge.provenance import environment
@@ -23,45 +23,67 @@ from expunge.provenance import environment
 
 @dataclass(frozen=True)
 class Forecast:
-    """What training will take on this machine: bytes at its peak and by part, operations a step, seconds in all."""
+    """What training will take on this machine.
+
+    memory, process, peak: bytes by part, of Python with its libraries, and in all on the device that trains; loading: bytes
+    of the machine's memory while the weights are read; operations: of a step; seconds: in all, None where nobody measured
+    what a step reaches of the device's rate.
+    """
 
     pairs: int
     steps: int
     parameters: int
     trained: int
     memory: Mapping[str, int]
+    process: int
+    loading: int
     peak: int
+    device: torch.device
     operations: int
-    seconds: float
+    seconds: float | None
 
 
 def forecast(config: RunConfig) -> Forecast:
-    """From the pairs and the model's configuration: no weight is loaded. Memory is that of the longest pairs."""
+    """From the pairs and the model's configuration: no weight is loaded. Memory is that of the longest pairs.
+
+    Raises ExpungeError for what `train` would refuse, CannotEstimate for some architectures.
+    """
     config = resolve(config)
     method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
     pairs = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed)
     outline, tokenizer = load_outline(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     rows, _ = tokenize_pairs(pairs, tokenizer, args.max_prompt_tokens, args.max_continuation_tokens)
     longest, usual = rows_of(rows, args.per_device_train_batch_size)
-    most, mean = (estimate(outline, method, args, config.lora, *lengths) for lengths in (longest, usual))
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    rate = matrix_rate(outline.get_text_config().hidden_size, dtype, args.device.type)
-    steps = steps_of(args, len(rows))
+    most, mean = (
+        estimate(outline, method, args, config.lora, *lengths, trust_remote_code=config.trust_remote_code)
+        for lengths in (longest, usual)
+    )
+    steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
+    process, loading = resident(), 2 * most.parts["weights"]  # the file's pages and the weights
+    seconds = None
+    if on_cpu:
+        rate = matrix_rate(outline.get_text_config().hidden_size, torch.bfloat16 if args.bf16 else torch.float32)
+        seconds = steps * mean.operations / (SHARE * rate)
     return Forecast(
         pairs=len(rows),
         steps=steps,
         parameters=most.parameters,
         trained=most.trained,
         memory=most.parts,
-        peak=most.peak,
+        process=process,
+        loading=process + loading,
+        peak=process + max(loading, most.training) if on_cpu else most.training,
+        device=args.device,
         operations=mean.operations,
-        seconds=steps * mean.operations / (SHARE * rate),
+        seconds=seconds,
     )
 
 
 def advice(made: Forecast, config: RunConfig) -> str:
     """One line: whether the run fits into the memory that is free now, and else what would make it smaller."""
-    free = free_memory()
+    free = free_memory(made.device)
+    if made.loading > (machine_free := free_memory(torch.device("cpu"))):
+        return f"does not fit: loading takes {made.loading / 1e9:.1f} GB of memory, {machine_free / 1e9:.1f} GB are free"
     if made.peak <= free:
         return f"fits: {made.peak / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
     ways = {
@@ -70,13 +92,13 @@ def advice(made: Forecast, config: RunConfig) -> str:
         "training.gradient_checkpointing=true": not config.training.get("gradient_checkpointing"),
         "a smaller training.per_device_train_batch_size with training.gradient_accumulation_steps": True,
     }
-    smaller = ", ".join(way for way, open_ in ways.items() if open_)
+    smaller = ", ".join(way for way, helps in ways.items() if helps)
     return f"does not fit: {made.peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try {smaller}"
 
 
-def free_memory() -> int:
-    """Bytes: of the accelerator if there is one, else of the machine."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+def free_memory(device: torch.device) -> int:
+    """Bytes: of an accelerator, or of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def machine() -> dict[str, str]:
@@ -84,9 +106,11 @@ def machine() -> dict[str, str]:
     found = environment()
     cache = cache_folder("")
     at = next(path for path in (cache, *cache.parents) if path.exists())
+    held = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     device = f"CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        device = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        device = f"{', '.join(names)}; {free_memory(torch.device('cuda')) / 1e9:.1f} GB of the first are free"
     data = os.environ.get("EXPUNGE_DATA")
     if not data:
         data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
@@ -95,8 +119,9 @@ def machine() -> dict[str, str]:
     return {
         "expunge": f"{found['expunge']}, Python {found['python']}",
         "libraries": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        "device": f"{device}; {free_memory() / 1e9:.1f} GB of memory are free",
-        "cache": f"{cache}; {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
+        "device": device,
+        "memory": f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB are free",
+        "cache": f"{cache}: {held / 1e9:.1f} GB, {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
         "data": data,
         "offline": "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no",
     }

@@ -191,12 +191,9 @@ def run_step(
         else:
             packed = pack(read, plain=True)
             lengths = torch.cat([side.lengths for side in read.values()])
-            found: dict[Layer, torch.Tensor] = {
-                layer: reference.stored.read(packed.ids, lengths, layer) for layer in ref_layers
-            }
-            frozen_states = States(packed, found)
+            frozen_states = States(packed, reference.stored.read(packed.ids, lengths, ref_layers))
 
-    frozen_head = None if reference is None else reference.head
+    frozen_head = None if reference is None or reference.head is None else reference.head.to(policy.packed.ids.device)
 
     def ref_logits(hidden: torch.Tensor) -> torch.Tensor:
         with original(model):

@@ -1,10 +1,11 @@
 """What a training run will take: memory by part and operations a step, before any weight is loaded.
 
     made = estimate(AutoConfig.from_pretrained("gpt2"), REPO(), UnlearnConfig(output_dir="out"))
-    made.peak / 1e9, made.operations / 1e12
+    made.training / 1e9, made.operations / 1e12
 
-The model is made on the meta device, of tensors that have shapes and no memory; its real forward runs on them, and what
-autograd would keep is added up. So any architecture, LoRA, autocast and gradient checkpointing count as they are.
+The model is made on the meta device, of tensors that have shapes and no memory. Its real forward and backward run on them:
+what autograd keeps is added up and products are counted, with LoRA, autocast and checkpointed activations as they are. The
+head follows from its shape, and the optimizer is taken for Adam, whose moments are two copies of what is trained.
 """
 
 import math
@@ -17,38 +18,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # where torch's documentation of fake tensors has them
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from expunge.config import LoraConfig
 from expunge.data.tokenize import TokenizedPair
+from expunge.errors import ExpungeError
 from expunge.losses.chunked import CHUNK
 from expunge.methods import Method
-from expunge.models import add_lora, hidden_states, inner_model, without_dropout
+from expunge.models import Layer, add_lora, hidden_states, inner_model, without_dropout
 from expunge.training import UnlearnConfig
 
 LOGITS_HELD = 4
-"""Tensors of a chunk's logits that a chunked loss holds at once: two models' logits and log-probabilities."""
+"""Tensors of the size of a chunk's logits that a chunked loss holds at once: three, and what a product needs for itself."""
 
 SHARE = 0.6
 """Of the rate of one matrix product, what a step reaches on a CPU (benchmarks/results/engine.jsonl)."""
 
 
+class CannotEstimate(ExpungeError):
+    """The architecture trains as it does, but not on tensors without memory."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part on one device, float operations of one optimizer step, and parameters in all and trained."""
+    """Bytes by part, float operations of one optimizer step of one process, and parameters in all and trained."""
 
     parts: Mapping[str, int]
-    loading: int
     operations: int
     parameters: int
     trained: int
 
     @property
-    def peak(self) -> int:
-        """Bytes: the most that is held at once, be it in training or in loading."""
-        return self.parts.get("process", 0) + max(self.loading, sum(self.parts.values()) - self.parts.get("process", 0))
+    def training(self) -> int:
+        """Bytes that are held at the peak of a step, beside Python and its libraries."""
+        return sum(self.parts.values())
 
 
 def estimate(
@@ -58,52 +63,107 @@ def estimate(
     lora: LoraConfig | None = None,
     prompt: int | None = None,
     continuation: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Estimate:
-    """For pairs of so many tokens in prompt and continuations; by default the most that `args` lets through."""
+    """For pairs of so many tokens in prompt and continuations; by default the most that `args` lets through.
+
+    Raises CannotEstimate where the architecture's forward does not run on tensors without memory.
+    """
     prompt = prompt or args.max_prompt_tokens
     continuation = continuation or args.max_continuation_tokens
-    rows = args.per_device_train_batch_size
-    length = prompt + 2 * continuation
-    depth = config.get_text_config().num_hidden_layers
+    pairs = args.per_device_train_batch_size
+    anchors = pairs if args.anchor_text else 0
+    shared = (pairs + anchors, max(prompt + 2 * continuation, args.anchor_tokens if anchors else 0))
+    plain = (2 * pairs + anchors, max(prompt + continuation, args.anchor_tokens if anchors else 0))
+    shapes = [(*plain, True), (*plain, False)]
+    if args.layout != "plain":
+        shapes.insert(0, (*shared, True))
+    try:
+        model = _model(config, lora, trust_remote_code)
+        rows, length, body = _first(model, args, method.layers, shapes)
+    except Exception as error:  # whatever an architecture may trip over
+        reason = str(error).strip().split("\n")[0]
+        raise CannotEstimate(f"memory and time cannot be estimated ({type(error).__name__}: {reason})") from None
+
+    weights = _bytes(model.parameters())
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head: Any = inner_model(model).get_output_embeddings().weight  # type: ignore[union-attr]
+    head_bytes = _bytes([head])
+    scored = (1 if method.ref_sides else 2) * pairs * (prompt + continuation) + anchors * args.anchor_tokens
+    logits = 4 * LOGITS_HELD * (scored * len(head) if args.layout == "plain" else min(CHUNK, scored * len(head)))
+    if head.requires_grad:  # its gradient is added up beside the logits; later it is there scaled, and from the embeddings
+        logits = max(logits + head_bytes, 3 * head_bytes)
+    parts = {
+        "weights": weights,
+        "gradients": _bytes(learned),
+        "optimizer": 2 * _bytes(learned),
+        "reference": _reference(method, args, bool(lora), weights, head_bytes),
+        "activations": body.kept,
+        "logits": logits,
+    }
+    product = 2 * scored * head.numel()
+    operations = body.operations + (2 + head.requires_grad) * product
+    if method.reference:
+        operations += product + (body.forward * scored // (rows * length) if args.reference == "live" else 0)
+    return Estimate(
+        parts,
+        operations * args.gradient_accumulation_steps,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in learned),
+    )
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Of the body's forward and backward: bytes held at its peak, operations of both, and of the forward alone."""
+
+    kept: int
+    operations: int
+    forward: int
+
+
+def _model(config: PreTrainedConfig, lora: LoraConfig | None, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
-        model: Any = without_dropout(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        without_dropout(model)
         if lora:
             model = add_lora(model, lora.rank, lora.alpha, lora.targets)
-    model.train()
+    return model.train()
+
+
+def _first(
+    model: Any, args: UnlearnConfig, layers: Sequence[Layer], shapes: Sequence[tuple[int, int, bool]]
+) -> tuple[int, int, _Body]:
+    """The first of `shapes` that the model takes: (rows, tokens, with a mask of ours)."""
     mode = FakeTensorMode()
     _fake(model, mode)
-    weights = _bytes(model.parameters())
-    trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
-    head: Any = inner_model(model).get_output_embeddings().weight  # type: ignore[union-attr]
-    with mode, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        ids, seen = torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, 1, length, length, dtype=torch.bool)
-        with _Kept(model) as kept, FlopCounterMode(display=False) as counter:
-            hidden_states(model, ids, seen, method.layers, ids)
-        activations, block = kept.bytes, kept.bytes // depth
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-            with _Kept(model) as kept:
-                hidden_states(model, ids, seen, method.layers, ids)
-            activations = kept.bytes
-    head_bytes = head.numel() * head.element_size()
-    scored = rows * (length if method.ref_sides is None else prompt + continuation)
-    chunk = LOGITS_HELD * 4 * min(CHUNK, scored * len(head))
-    forward, heads = counter.get_total_flops(), 2 * scored * head.numel()
-    gradients = (1 if head.requires_grad else 0) * head_bytes
-    parts = {
-        "process": resident(),
-        "weights": weights,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "reference": _reference(method, args, bool(lora), weights, head_bytes),
-        "activations": activations + block,
-        "logits": max(gradients + chunk, 3 * gradients),
-    }
-    operations = 3 * (forward + heads)
-    if method.reference:
-        operations += heads + (forward * scored // (rows * length) if args.reference == "live" else 0)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Estimate(parts, 2 * weights, operations * args.gradient_accumulation_steps, count, trained // 4)
+    for rows, length, masked in shapes:
+        try:
+            with mode, torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                return rows, length, _run(model, rows, length, masked, layers, bool(args.gradient_checkpointing))
+        except (TypeError, ValueError):  # it takes no such mask
+            if not masked:
+                raise
+    raise AssertionError("the last shape has no mask")
+
+
+def _run(model: Any, rows: int, length: int, masked: bool, layers: Sequence[Layer], checkpointing: bool) -> _Body:
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    seen = torch.ones(rows, 1, length, length, dtype=torch.bool) if masked else torch.ones(rows, length)
+    inputs = (ids, seen, layers, ids if masked else None)
+    with _Kept(model) as kept, FlopCounterMode(display=False) as counter:
+        states = hidden_states(model, *inputs)
+    whole = again = kept.bytes
+    forward = counter.get_total_flops()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        with _Kept(model) as kept:
+            states = hidden_states(model, *inputs)
+        again = kept.bytes
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([state.float().sum() for state in states.values()]).sum().backward()
+    depth = inner_model(model).config.get_text_config().num_hidden_layers  # one block's are there twice in backward
+    return _Body(again + whole // depth, forward + counter.get_total_flops(), forward)
 
 
 def _fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:

@@ -71,7 +71,7 @@ def generate(
         def work(batch: Sequence[Row]) -> None:
             done.update(zip(batch, _continue_rows(inner, tokenizer, distinct, batch, decoding), strict=True))
 
-        in_batches(rows, size, work, progress)
+        in_batches(rows, lambda _: size, work, progress)
     number_of = {key: number for number, key in enumerate(distinct)}
     return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
 

@@ -176,7 +176,9 @@ def hidden_states(
     layers: Sequence[Layer],
     position_ids: torch.Tensor | None = None,
 ) -> dict[Layer, torch.Tensor]:
-    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`; blocks above them do not run.
+    """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`.
+
+    The forward ends below the first block that none of them needs: neither it nor its hooks run.
 
     attention_mask: `[B, T]`; or bool `[B, 1, T, T]`, who sees whom, with `position_ids` `[B, T]`.
     Raises ExpungeError for a layer that the model does not have.
@@ -252,23 +254,23 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
 
 def in_batches(
     items: Sequence[Any],
-    size: int,
+    size: Callable[[Any], int],
     work: Callable[[Sequence[Any]], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """`work` on runs of `size` items; of half as many from where the device runs out of memory.
+    """`work` on runs of items, as many as `size` says of the run's first; half as many where the device's memory runs out.
 
     progress: called with (items done, items in all). Raises ExpungeError where not even one item fits.
     """
-    done = 0
+    done, part = 0, 1
     while done < len(items):
-        batch = items[done : done + size]
+        batch = items[done : done + max(1, size(items[done]) // part)]
         try:
             work(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise ExpungeError("out of memory with a single row; use a smaller model, or shorter text") from None
-            size = len(batch) // 2
+            part *= 2
             continue
         done += len(batch)
         if progress:
@@ -294,14 +296,15 @@ class Reference:
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference of `model`, without gradients, inside the block."""
-        if self.copy is None:
+        """The reference of `model`, without gradients, inside the block. ValueError where all there is are its states."""
+        if self.copy is not None:
+            with torch.no_grad():
+                yield self.copy.to(next(model.parameters()).device)
+        elif self.head is None:
             with original(model):
                 yield model
         else:
-            device = next(model.parameters()).device
-            with torch.no_grad():
-                yield self.copy.to(device)
+            raise ValueError("this reference is stored states and a head; it has no body to run")
 
 
 @contextlib.contextmanager

@@ -117,8 +117,8 @@ def evaluation_plan(config: EvaluationConfig) -> EvaluationPlan:
 
 
 def is_main_process() -> bool:
-    """Of several that a launcher started, the one that writes and measures; they differ in nothing but training."""
-    return os.environ.get("RANK", "0") == "0"
+    """Of several that a launcher started, the one that writes and measures; all of them see the same folder."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:

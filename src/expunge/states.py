@@ -1,10 +1,11 @@
 """Residual states of a frozen model: computed once, kept on disk, shared by every run on the same weights and rows.
 
     stored = StoredStates.of(model, rows, layers=("final",), weights=weights_digest(model))     # computed, or found
-    stored.read(ids, lengths, "final")                                                        # [R, T, d]
+    stored.read(ids, lengths, ("final",))["final"]                                            # [R, T, d]
 
 A flat file per layer holds the states of all rows one after the other. It is memory-mapped: what is not read takes no
-memory. Its folder is named by a hash of weights, configuration, rows (so of data and tokenizer), layers and precision.
+memory. Its folder is named by a hash of all that they follow from: weights, configuration, rows (so data and tokenizer),
+layers, precision, kind of device, attention and version of transformers.
 """
 
 import hashlib
@@ -12,12 +13,14 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
 import torch
+import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +29,7 @@ from expunge.errors import ExpungeError
 from expunge.models import Layer, hidden_states, inner_model, width
 
 TOKENS = 4096  # in one forward
+UNFINISHED = ".new-"
 
 log = logging.getLogger("expunge")
 
@@ -46,34 +50,43 @@ class StoredStates:
         Raises ExpungeError where the disk has no room, or cannot be written to.
         """
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
-        device = inner_model(model).device.type
-        precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as the weights"
-        settings = inner_model(model).config.to_dict()
-        settings = {name: settings[name] for name in sorted(settings.keys() - {"_name_or_path", "transformers_version"})}
-        facts = [weights, json.dumps(settings, default=str), str(list(layers)), precision, str(TOKENS)]
-        key = hashlib.sha256(json.dumps(facts).encode() + b"".join(map(_key, distinct))).hexdigest()
-        folder = cache_folder("states") / key
+        inner = inner_model(model)
+        device = inner.device.type
+        settings = inner.config.to_dict()  # with the version of transformers
+        settings.pop("_name_or_path", None)
+        facts = {
+            "weights": weights,
+            "model": f"{type(inner).__name__} {inner.config._attn_implementation} on {device}",
+            "settings": settings,
+            "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
+            "layers": list(layers),
+            "version": transformers.__version__,
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode() + b"".join(map(_key, distinct)))
+        folder = cache_folder("states") / key.hexdigest()
         if not folder.exists():
             _compute(model, distinct, layers, folder, quiet)
-        dtype = getattr(torch, json.loads((folder / "states.json").read_text(encoding="utf-8"))["dtype"])
-        ends = [0]
-        for row in distinct:
-            ends.append(ends[-1] + len(row))
-        size = ends[-1] * width(model)
-        found: dict[Layer, torch.Tensor] = {
-            layer: torch.from_file(str(_file(folder, layer)), shared=False, size=size, dtype=dtype).view(-1, width(model))
-            for layer in layers
-        }
-        return cls(found, {_key(row): start for row, (start, _) in zip(distinct, pairwise(ends), strict=True)})
+        dtypes = json.loads((folder / "states.json").read_text(encoding="utf-8"))
+        starts = [0, *accumulate(map(len, distinct))]
+        found: dict[Layer, torch.Tensor] = {}
+        for layer in layers:
+            dtype, size = getattr(torch, dtypes[str(layer)]), starts[-1] * width(model)
+            mapped = torch.from_file(str(_file(folder, layer)), shared=False, size=size, dtype=dtype)
+            found[layer] = mapped.view(-1, width(model))
+        return cls(found, dict(zip(map(_key, distinct), starts, strict=False)))
 
-    def read(self, ids: torch.Tensor, lengths: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, lengths: torch.Tensor, layers: Sequence[Layer]) -> dict[Layer, torch.Tensor]:
         """`[R, T, d]` of right-padded `ids` `[R, T]`, zero at the padding. KeyError for a row that was not stored."""
-        stored = self.layers[layer]
-        states = stored.new_zeros(*ids.shape, stored.shape[1])
-        for row, (tokens, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
-            start = self._starts[_key(tokens[:length])]
-            states[row, :length] = stored[start : start + length]
-        return states.to(ids.device)
+        rows = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        starts = [self._starts[_key(row)] for row in rows]
+        found = {}
+        for layer in layers:
+            stored = self.layers[layer]
+            states = stored.new_zeros(*ids.shape, stored.shape[1])
+            for into, row, start in zip(states, rows, starts, strict=True):
+                into[: len(row)] = stored[start : start + len(row)]
+            found[layer] = states.to(ids.device)
+        return found
 
 
 def _key(row: Sequence[int]) -> bytes:
@@ -87,10 +100,11 @@ def _file(folder: Path, layer: Layer) -> Path:
 @torch.no_grad()
 def _compute(model: nn.Module, rows: Sequence[tuple[int, ...]], layers: Sequence[Layer], folder: Path, quiet: bool) -> None:
     """All files in a folder of another name, which is renamed when it is whole."""
-    dtype = _forward(model, rows[:1], layers)[layers[0]].dtype
-    need = sum(map(len, rows)) * width(model) * dtype.itemsize * len(layers)
+    dtypes = {layer: states.dtype for layer, states in _forward(model, rows[:1], layers).items()}
+    need = sum(map(len, rows)) * width(model) * sum(dtype.itemsize for dtype in dtypes.values())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         free = shutil.disk_usage(folder.parent).free
         log.info("reference states: %.3g GB in %s, %.3g GB are free there", need / 1e9, folder.parent, free / 1e9)
         if need > free:
@@ -98,17 +112,27 @@ def _compute(model: nn.Module, rows: Sequence[tuple[int, ...]], layers: Sequence
                 f"the reference states need {need / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB: set EXPUNGE_CACHE "
                 "to a folder with room, or training.reference=live"
             )
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as name:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as name:
             temporary = Path(name) / "states"
             temporary.mkdir()
             _write(model, rows, layers, temporary, quiet)
-            (temporary / "states.json").write_text(
-                json.dumps({"dtype": str(dtype).removeprefix("torch.")}), encoding="utf-8"
-            )
-            if not folder.exists():  # another run may have been faster
+            names = {str(layer): str(dtype).removeprefix("torch.") for layer, dtype in dtypes.items()}
+            (temporary / "states.json").write_text(json.dumps(names), encoding="utf-8")
+            try:
                 temporary.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was faster
+                    raise
     except OSError as error:
-        raise ExpungeError(f"{folder.parent}: cannot keep the reference states there ({error.strerror})") from None
+        reason = error.strerror or error
+        raise ExpungeError(f"{folder.parent}: cannot keep the reference states there ({reason})") from None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what runs that were killed left behind, a day ago or earlier."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        if path.stat().st_mtime < time.time() - 24 * 3600:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(model: nn.Module, rows: Sequence[tuple[int, ...]], layers: Sequence[Layer], folder: Path, quiet: bool) -> None:

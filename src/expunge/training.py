@@ -163,12 +163,16 @@ class UnlearnTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # transformers 5.17 and 5.18 name the same fact so
         self.reference = None
         if method.reference:
-            self.reference = Reference(model, self._stored(model, rows) if args.reference == "cached" else None)
+            cached = args.reference == "cached" and method.ref_layers
+            self.reference = Reference(model, self._stored(model, rows) if cached else None)
 
     def _stored(self, model: nn.Module, rows: "PairRows") -> StoredStates:
         """The states that the method reads of the reference; one process of a machine computes them for all."""
-        adapter = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        weights = weights_digest(model, skip=adapter if hasattr(model, "disable_adapter") else ())
+        adapter: set[str] = set()
+        if hasattr(model, "disable_adapter"):
+            marks: tuple[Any, ...] = (model.base_model.prefix, "modules_to_save")  # type: ignore[union-attr]
+            adapter = {name for name in model.state_dict() if any(mark in name for mark in marks)}
+        weights = weights_digest(model, skip=adapter)
         ids = (prompt + continuation for row in rows.of(self.method.ref_sides) for prompt, continuation in row.values())
         with self.args.main_process_first(desc="reference states"), original(model), self.accelerator.autocast():
             return StoredStates.of(model, ids, self.method.ref_layers, weights, quiet=self.args.disable_tqdm is True)
@@ -392,6 +396,10 @@ class StopOnInterrupt(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args, state, control, **_):
+        if args.world_size > 1:  # the signal may have come to one process before this step and to another after it
+            asked = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

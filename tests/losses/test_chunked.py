@@ -176,5 +176,5 @@ def test_no_more_than_a_few_chunks_of_logits_are_ever_there(draw):
             gradients(kl + logps.sum(), hidden, weight)
         return seen.peak - 3 * weight.numel()  # its gradients and their sum
 
-    assert peak(4 * vocabulary) < 6 * 4 * vocabulary
-    assert peak(tokens * vocabulary) > 3 * (tokens - 1) * vocabulary  # the control: all at once is seen
+    assert peak(4 * vocabulary) < 5 * 4 * vocabulary
+    assert peak(tokens * vocabulary) > 2 * (tokens - 1) * vocabulary  # the control: all at once is seen

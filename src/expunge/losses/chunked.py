@@ -34,9 +34,10 @@ class Projection:
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def slope(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The gradient for `hidden @ weight.T + bias`, given that for the `logits`."""
+    def slope(self, grad: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        """The gradient for `hidden @ weight.T + bias`, given that for the `logits`, which only a cap needs."""
         if self.softcap is not None:
+            assert logits is not None
             grad = grad * (1 - (logits / self.softcap) ** 2)
         return grad if self.scale == 1 else grad * self.scale
 
@@ -155,22 +156,28 @@ class _TokenKL(torch.autograd.Function):
         need_hidden, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         grads = _Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for rows in _slices(len(hidden), len(weight), chunk):
+
+        def add(rows: slice) -> None:  # a function, so that one chunk's tensors are gone before the next one's are made
             logits = projection.logits(hidden[rows], weight, bias)
             model = F.log_softmax(logits, dim=-1)
+            capped = None if projection.softcap is None else logits
+            del logits
             reference = F.log_softmax(projection.logits(ref_hidden[rows], ref_weight, ref_bias), dim=-1)
             gap = reference - model
             if direction == "forward":
                 p = reference.exp_()
-                total += gap.mul_(p).sum()
+                total.add_(gap.mul_(p).sum())
                 slope = model.exp_().sub_(p)
             else:
                 q = model.exp_()
                 kl = gap.mul_(q).sum(-1, keepdim=True).neg_()
-                total += kl.sum()
+                total.add_(kl.sum())
                 slope = gap.neg_().sub_(q.mul_(kl))
             if any(ctx.needs_input_grad):
-                grads.add(rows, projection.slope(slope, logits), hidden, weight)
+                grads.add(rows, projection.slope(slope, capped), hidden, weight)
+
+        for rows in _slices(len(hidden), len(weight), chunk):
+            add(rows)
         ctx.count = max(1, len(hidden))
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
@@ -207,6 +214,7 @@ class _TokenLogps(torch.autograd.Function):
             logits = projection.logits(hidden[rows], weight, bias)
             norms.append(logits.logsumexp(-1))
             logps.append(logits.gather(-1, ids[rows, None]).squeeze(-1) - norms[-1])
+            del logits  # before the next chunk's are made
         empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         ctx.save_for_backward(hidden, weight, bias, ids, torch.cat([empty, *norms]))
         ctx.projection, ctx.chunk = projection, chunk
@@ -223,9 +231,10 @@ class _TokenLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, dtype, enabled):
             for rows in _slices(len(hidden), len(weight), ctx.chunk):
                 logits = ctx.projection.logits(hidden[rows], weight, bias)
-                slope = -(logits - norms[rows, None]).exp() * grad[rows, None]
+                slope = (logits - norms[rows, None]).exp_().mul_(-grad[rows, None])
                 slope.scatter_add_(-1, ids[rows, None], grad[rows, None])
                 grads.add(rows, ctx.projection.slope(slope, logits), hidden, weight)
+                del logits, slope
         of_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
         return grads.hidden, of_weight, of_bias, None, None, None

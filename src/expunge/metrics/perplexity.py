@@ -60,7 +60,7 @@ def row_nll(
         losses = _token_nll(model, predicting, ids[row_of, position].to(device))
         nll[batch] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row_of, losses.double().cpu()).numpy()
 
-    in_batches(order, max(1, BATCH_TOKENS // max((len(ids) for ids, _ in rows), default=1)), work, progress)
+    in_batches(order, lambda first: BATCH_TOKENS // len(rows[first][0]), work, progress)
     return nll, count
 
 
