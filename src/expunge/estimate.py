@@ -91,8 +91,8 @@ def estimate(
     head_bytes = _bytes([head])
     scored = (1 if method.ref_sides else 2) * pairs * (prompt + continuation) + anchors * args.anchor_tokens
     logits = 4 * LOGITS_HELD * (scored * len(head) if args.layout == "plain" else min(CHUNK, scored * len(head)))
-    if head.requires_grad:  # its gradient is added up beside the logits; later it is there scaled, and from the embeddings
-        logits = max(logits + head_bytes, 3 * head_bytes)
+    if head.requires_grad:  # its gradient is added up beside the logits; later that of tied embeddings comes to it
+        logits = max(logits + head_bytes, 2 * head_bytes)
     parts = {
         "weights": weights,
         "gradients": _bytes(learned),

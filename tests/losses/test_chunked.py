@@ -178,3 +178,11 @@ def test_no_more_than_a_few_chunks_of_logits_are_ever_there(draw):
 
     assert peak(4 * vocabulary) < 5 * 4 * vocabulary
     assert peak(tokens * vocabulary) > 2 * (tokens - 1) * vocabulary  # the control: all at once is seen
+
+
+def test_a_second_backward_pass_is_an_error_and_not_a_wrong_gradient(draw):
+    hidden, weight = draw(1, 4, D), draw(V, D)
+    kl = chunked_token_kl(hidden, weight, hidden * 0.9, weight, torch.ones(1, 4, dtype=torch.bool))
+    kl.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        kl.backward()

@@ -115,26 +115,44 @@ class _Gradients:
     """Sums of a head's gradients over chunks."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: tuple[bool, ...]):
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        self._head, self._offset = (weight if needed[1] else None), (bias if needed[2] else None)
 
     def add(self, rows: slice, grad: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         """The share of one chunk; grad: `[n, V]`, for `hidden @ weight.T`."""
-        if self.bias is not None:
-            self.bias += grad.sum(0)
+        if self._offset is not None:
+            self._bias = grad.sum(0) if self._bias is None else self._bias.add_(grad.sum(0))
         grad = grad.to(weight.dtype)
         if self.hidden is not None:
             self.hidden[rows] = grad @ weight
-        if (
-            self.weight is not None
-            and self.weight.dtype == hidden.dtype
-            and not torch.is_autocast_enabled(hidden.device.type)
-        ):
-            self.weight.addmm_(grad.T, hidden[rows])
-        elif self.weight is not None:
-            self.weight += grad.T @ hidden[rows]
+        if self._head is None:
+            return
+        if self._weight is None:  # no zeros to add to: writing fresh memory of `[V, d]` takes as long as the product
+            self._weight = (grad.T @ hidden[rows]).to(_wide(weight))
+        elif self._weight.dtype == hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            self._weight.addmm_(grad.T, hidden[rows])
+        else:
+            self._weight += grad.T @ hidden[rows]
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """`[V, d]`, at least float32; None if nobody needs it."""
+        return _zeros(self._head) if self._weight is None else self._weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`[V]`, at least float32; None if nobody needs it."""
+        return _zeros(self._offset) if self._bias is None else self._bias
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _zeros(like: torch.Tensor | None) -> torch.Tensor | None:
+    return None if like is None else torch.zeros_like(like, dtype=_wide(like))
 
 
 class _TokenKL(torch.autograd.Function):
@@ -179,15 +197,18 @@ class _TokenKL(torch.autograd.Function):
         for rows in _slices(len(hidden), len(weight), chunk):
             add(rows)
         ctx.count = max(1, len(hidden))
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.grads, ctx.dtypes = grads, (weight.dtype, None if bias is None else bias.dtype)
         return total / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        if ctx.grads is None:
+            raise RuntimeError("the gradient of chunked_token_kl is there for one backward pass; compute the loss again")
+        found = ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias
+        ctx.grads = None  # scaled in place and given away: a second `[V, d]` costs more time than its product
         scale = grad / ctx.count  # not in forward: half precision would round small slopes to zero
-        hidden, weight, bias = (None if found is None else found * scale for found in ctx.saved_tensors)
+        hidden, weight, bias = (None if tensor is None else tensor.mul_(scale) for tensor in found)
         of_weight = None if weight is None else weight.to(ctx.dtypes[0])
         of_bias = None if bias is None else bias.to(ctx.dtypes[1])
         return hidden, None, of_weight, of_bias, None, None, None, None, None
