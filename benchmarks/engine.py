@@ -152,21 +152,24 @@ def training_step(trainer: Trainer, batch: Any) -> Callable[[], float]:
 
 
 def plain_repo(case: Case) -> tuple[torch.nn.Module, Callable[[], float]]:
-    """REPO as one would write it down: a forward for each side with all its logits, and one of a frozen copy."""
+    """REPO as one would write it down: both sides in one batch through the model and a frozen copy, with all logits.
+
+    The leaner plain form, which projects only what the loss reads, is the engine's own `plain layout`.
+    """
     model = model_of(case)
     reference = copy.deepcopy(model).requires_grad_(False)
     torch.manual_seed(42)
     discriminator = METHODS["repo"].heads(model.config.get_text_config().hidden_size)["discriminator"]
     rows = rows_of(case)
-    retain, forget = (torch.tensor([row[side][0] + row[side][1] for row in rows]) for side in ("retain", "forget"))
+    both = torch.tensor([row[side][0] + row[side][1] for side in ("retain", "forget") for row in rows])
 
     def step() -> float:
-        kept = model(retain, output_hidden_states=True, use_cache=False)
-        erased = model(forget, output_hidden_states=True, use_cache=False)
+        out = model(both, output_hidden_states=True, use_cache=False)
         with torch.no_grad():
-            wanted = reference(retain, use_cache=False).logits.log_softmax(-1)
-        anchor = F.kl_div(kept.logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
-        states = torch.cat([out.hidden_states[-1][:, case.prompt :].flatten(0, 1) for out in (kept, erased)])
+            wanted = reference(both, use_cache=False).logits[: case.batch].log_softmax(-1)
+        given = out.logits[: case.batch].log_softmax(-1)
+        anchor = F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean()
+        states = out.hidden_states[-1][:, case.prompt :].flatten(0, 1)
         labels = torch.cat([torch.zeros(len(states) // 2), torch.ones(len(states) // 2)])
         erase = F.binary_cross_entropy_with_logits(discriminator(Reverse.apply(states)).squeeze(-1), labels)
         loss = anchor + erase
