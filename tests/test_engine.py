@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from expunge.engine import Step, check_head, collate, inside_forward, run_step
 from expunge.errors import ExpungeError
 from expunge.layout import Side
+from expunge.methods.dpo import DPO
+from expunge.methods.repo import REPO
 from expunge.models import Reference, add_lora, head_logits
 
 ROWS = [
@@ -137,6 +141,34 @@ def test_an_adapter_on_the_head_is_in_the_logits(tiny_model):
     logps = log_softmax(model(collate(ROWS)["retain"]["ids"]).logits[0], -1)
     close(step.logps("retain")[0][0], logps[2, 8] + logps[3, 9])
     assert step.token_kl("retain") > 0.1
+
+
+@pytest.mark.parametrize("method", [REPO(), REPO(layer=1), DPO()], ids=["repo", "repo-middle", "dpo"])
+def test_an_adapter_and_the_weights_it_amounts_to_make_the_same_step(tiny_model, method):
+    """LoRA with its adapter off as the reference, against full weights with a frozen copy: losses, and gradients for D."""
+    base = tiny_model("llama", dtype=torch.double)
+    adapted = add_lora(copy.deepcopy(base), rank=4).double()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    torch.manual_seed(0)
+    heads = nn.ModuleDict(method.heads(32)).double()
+    found = []
+    for model, reference in ((adapted, Reference(adapted)), (merged, Reference(base))):
+        step = run_step(model, reference, collate(ROWS), method.layers, method.ref_layers, heads, 0.5, method.ref_sides)
+        losses = method.loss(step)
+        heads.zero_grad()
+        if heads:  # what else is trained differs
+            torch.stack(list(losses.values())).sum().backward()
+        found.append((losses, [parameter.grad.clone() for parameter in heads.parameters()]))
+    (one, gradients), (other, wanted) = found
+    for name, loss in other.items():
+        torch.testing.assert_close(one[name], loss, rtol=1e-9, atol=1e-12)
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
+    assert other.keys() == one.keys() and all(loss > 1e-3 for loss in other.values())
 
 
 def test_a_head_that_expunge_does_not_know_is_one_line(tiny_model, monkeypatch):
