@@ -175,7 +175,7 @@ def test_checkpointed_activations_change_nothing(trained, method):
 
 
 def test_accumulated_batches_are_one_large_one(tiny_model, tokenizer, tmp_path):
-    """8 x 1 = 4 x 2 = 1 x 8. Token means included: rows have different lengths, and the last step has 3, which fill no batch."""
+    """8 x 1 = 4 x 2 = 1 x 8, token means included: rows differ in length, and the last step has 3, which fill no batch."""
     pairs = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(11)]
     for method in (REPO(), REPO(segment=2, erase_on="all"), REPO(segment=0, anchor_on="continuation"), DPO()):
         weights = []
