@@ -1,6 +1,8 @@
 """The command line as a user meets it: results on standard output, one line and a status for every mistake."""
 
+import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -142,6 +144,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
     assert "steps: 6" in plan
     assert "verdict: 'fits: " in plan
     assert not out.exists()
+
+
+def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tiny = tmp_path / "model"
+    shutil.copytree(home / "model", tiny)
+    chat.save_pretrained(tiny)
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": pair["prompt"]}],
+            "chosen": [{"role": "assistant", "content": pair["chosen"]}],
+            "rejected": [{"role": "assistant", "content": pair["rejected"]}],
+        }
+        for pair in PAIRS
+    ]
+    write(tmp_path / "chats.jsonl", turns)
+    settings = ["--model", tiny, "--pairs", tmp_path / "chats.jsonl", "training.max_steps=1", "--quiet"]
+    assert call("train", *settings, "--out", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run/stages/train.json").read_text())["pairs"]["n"] == len(PAIRS)
+    assert call("train", *settings, "--out", tmp_path / "other", "--model", home / "model") == 2
 
 
 def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):

@@ -136,7 +136,7 @@ def evaluate(
         reference = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
     if prompts:
         settings.data.prompts = prompts
-    data = pipeline.evaluation_data(settings.data, settings.evaluation)
+    data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
     pipeline.claim(output, settings)
     pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
@@ -161,8 +161,11 @@ def generate(
     from expunge.models import load_model
 
     _hush()
-    texts = sys.stdin.read().splitlines() if prompts == "-" else [prompt.text for prompt in load_prompts(prompts)]
     loaded, tokenizer = load_model(model)
+    if prompts == "-":
+        texts = sys.stdin.read().splitlines()
+    else:
+        texts = [prompt.text for prompt in load_prompts(prompts, tokenizer=tokenizer)]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     decoding = Decoding(max_new_tokens=max_new_tokens, samples=samples, top_p=top_p, temperature=temperature, seed=seed)
     for text, continuations in zip(texts, generate(loaded, tokenizer, ids, decoding), strict=True):  # type: ignore[arg-type]
@@ -275,7 +278,7 @@ def _print_plan(settings: Any, folder: Path) -> None:
     )
     values = {key: getattr(args, key) for key in shown}
     plan["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | settings.training
-    pairs = pipeline.load_pairs(settings.data.train, limit=settings.data.limit, seed=settings.seed)
+    pairs = pipeline.training_pairs(settings, pipeline.outline_of(settings)[1])
     plan["pairs"] = len(pairs)
     plan["steps"] = pipeline.steps_of(args, len(pairs))
     plan["out"] = str(folder)

@@ -14,10 +14,9 @@ import psutil
 import torch
 
 from expunge.config import RunConfig, cache_folder
-from expunge.data import load_pairs, tokenize_pairs
+from expunge.data import tokenize_pairs
 from expunge.estimate import SHARE, estimate, matrix_rate, resident, rows_of
-from expunge.models import load_outline
-from expunge.pipeline import build_method, build_training, resolve, steps_of
+from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_pairs
 from expunge.provenance import environment
 
 
@@ -50,8 +49,8 @@ def forecast(config: RunConfig) -> Forecast:
     """
     config = resolve(config)
     method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
-    pairs = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed)
-    outline, tokenizer = load_outline(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    outline, tokenizer = outline_of(config)
+    pairs = training_pairs(config, tokenizer)
     rows, _ = tokenize_pairs(pairs, tokenizer, args.max_prompt_tokens, args.max_continuation_tokens)
     longest, usual = rows_of(rows, args.per_device_train_batch_size)
     most, mean = (

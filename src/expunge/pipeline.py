@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
@@ -27,7 +27,7 @@ from expunge.methods import METHODS, Method
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import add_lora, load_model, weights_digest
+from expunge.models import add_lora, load_model, load_outline, weights_digest
 from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
 from expunge.registry import UnknownName, did_you_mean
 from expunge.report import write_report
@@ -94,12 +94,22 @@ def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any
     }
 
 
-def evaluation_data(data: DataConfig, plan: EvaluationConfig) -> EvaluationData:
-    """The text that a model is measured on."""
+def outline_of(config: RunConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the model that is trained."""
+    return load_outline(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def training_pairs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """What is trained on."""
+    return load_pairs(config.data.train, limit=config.data.limit, seed=config.seed, tokenizer=tokenizer)
+
+
+def evaluation_data(data: DataConfig, plan: EvaluationConfig, tokenizer: Any = None) -> EvaluationData:
+    """The text that a model is measured on; conversations are rendered by the tokenizer's chat template."""
     return EvaluationData(
-        challenge={name: [p.text for p in load_prompts(name, limit=plan.prompts)] for name in data.prompts},
-        pairs=load_pairs(data.heldout, limit=plan.heldout) if data.heldout else [],
-        neutral=load_prompts(data.neutral, limit=plan.prompts) if data.neutral else [],
+        challenge={name: [p.text for p in load_prompts(name, plan.prompts, tokenizer)] for name in data.prompts},
+        pairs=load_pairs(data.heldout, limit=plan.heldout, tokenizer=tokenizer) if data.heldout else [],
+        neutral=load_prompts(data.neutral, plan.prompts, tokenizer) if data.neutral else [],
         corpora={data.corpus: load_corpus(data.corpus)} if data.corpus else {},
     )
 
@@ -130,7 +140,8 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     build_method(config.method)  # complain before any work
     build_training(config.training, folder, config.seed)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    data = evaluation_data(config.data, config.evaluation)
+    _, tokenizer = outline_of(config)
+    data = evaluation_data(config.data, config.evaluation, tokenizer)
     claim(folder, config)
     train(config, folder, quiet)
     if not is_main_process():
@@ -174,7 +185,7 @@ def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
     """Train into `folder/model`, going on from the last complete checkpoint. Skipped when it is done."""
-    pairs = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed)
+    pairs = training_pairs(config, outline_of(config)[1])
     key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(pairs)])
     if _done(folder, "train", key):
         log.info("train: done before")

@@ -142,7 +142,6 @@ def fails(source, *parts):
         (ROW | {"prompt": ""}, "'prompt' is empty"),
         (ROW | {"rejected": 3}, "'rejected' must be text, found int"),
         (ROW | {"rejected": " is blue"}, "chosen and rejected are equal"),
-        (ROW | {"chosen": [{"role": "user", "content": "hello"}]}, "need a chat template: not supported yet"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(write, row, part):

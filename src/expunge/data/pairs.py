@@ -2,6 +2,7 @@
 
     pairs = load_pairs("builtin", limit=2000)
     pairs = load_pairs("mine.jsonl")          # {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}
+    pairs = load_pairs("chats.jsonl", tokenizer=tokenizer)      # the same with lists of messages
 
 Without a `prompt` field the prompt is what both texts begin with, as in TRL's `extract_prompt`.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.data.chat import chat_pair
 from expunge.data.named import NamedSet, locate
 from expunge.data.records import Record, hub_records, named_records, read_records
 from expunge.errors import ExpungeError
@@ -32,13 +34,16 @@ class Pair:
     rejected: str
 
 
-def load_pairs(source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0) -> list[Pair]:
+def load_pairs(
+    source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0, tokenizer: Any = None
+) -> list[Pair]:
     """The pairs of a named set, a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub set, in its order.
 
     split: of a hub set ("train" if None). limit: so many of them, drawn at random with `seed`, order kept.
+    tokenizer: whose chat template renders conversational rows; text needs none.
     Raises ExpungeError, one line with file and line number, for anything that is not a pair.
     """
-    pairs = list(_read(source, split))
+    pairs = list(_read(source, split, tokenizer))
     if not pairs:
         raise ExpungeError(f"{source}: no pair in it")
     if limit is None:
@@ -48,24 +53,29 @@ def load_pairs(source: str | Path, split: str | None = None, limit: int | None =
     return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), min(limit, len(pairs))))]
 
 
-def _read(source: str | Path, split: str | None) -> Iterable[Pair]:
+def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pair]:
     if str(source).startswith("pair-toxicity"):
         path = str(source).removeprefix("pair-toxicity").removeprefix(":")
         if not path:
             raise ExpungeError("pair-toxicity: needs your copy of the file: pair-toxicity:PATH (JSON lines)")
-        return (parse_pair(row, where, PAIR_TOXICITY) for where, row in read_records(Path(path)))
+        return (parse_pair(row, where, fields=PAIR_TOXICITY) for where, row in read_records(Path(path)))
     found = locate(source, "pairs")
     if isinstance(found, str):
-        return (parse_pair(row, where) for where, row in hub_records(found, split or "train"))
+        return (parse_pair(row, where, tokenizer) for where, row in hub_records(found, split or "train"))
     if split is not None:
         raise ExpungeError(f"{source}: split {split!r} is for hub sets; name the file or the set that holds it")
     if isinstance(found, Path):
-        return (parse_pair(row, where) for where, row in read_records(found))
+        return (parse_pair(row, where, tokenizer) for where, row in read_records(found))
     return paradetox_pairs(found) if found.name == "paradetox" else (parse_pair(r, w) for w, r in named_records(found))
 
 
-def parse_pair(row: dict[str, Any], where: str, fields: dict[str, str] = PREFERENCE) -> Pair:
+def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: dict[str, str] = PREFERENCE) -> Pair:
     """One row as a pair; `where` names it in errors, `fields` gives the row's name of each part."""
+    if isinstance(row.get("chosen"), list):
+        pair = Pair(*chat_pair(row, where, tokenizer))
+        if pair.chosen == pair.rejected:
+            raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")
+        return pair
     chosen = _text(row, fields["chosen"], where)
     rejected = _text(row, fields["rejected"], where)
     if chosen == rejected:
@@ -80,10 +90,6 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise ExpungeError(f"{where}: no field {field!r} (found: {', '.join(map(str, row)) or 'none'})")
     value = row[field]
-    if isinstance(value, list):
-        raise ExpungeError(
-            f"{where}: {field!r} is a list of messages: conversational sets need a chat template: not supported yet"
-        )
     if not isinstance(value, str):
         raise ExpungeError(f"{where}: field {field!r} must be text, found {type(value).__name__}")
     if not value.strip():

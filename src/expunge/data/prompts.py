@@ -3,7 +3,7 @@
     prompts = load_prompts("rtp-challenge", limit=256)
     prompts = load_prompts("mine.txt")               # one prompt per line
 
-A row holds `prompt` (text, or RealToxicityPrompts' object with `text`) or `text`, and may hold `gold`.
+A row holds `prompt` (text, a list of messages, or RealToxicityPrompts' object with `text`) or `text`, and may hold `gold`.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.data.chat import chat_prompt
 from expunge.data.named import NamedSet, local_file, locate
 from expunge.data.records import Record, hub_records, named_records, read_records
 from expunge.errors import ExpungeError
@@ -24,12 +25,13 @@ class Prompt:
     gold: str = ""
 
 
-def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
+def load_prompts(source: str | Path, limit: int | None = None, tokenizer: Any = None) -> list[Prompt]:
     """The prompts of a named set, a file of the kinds that `read_records` knows, or a hub set's train split, in order.
 
-    limit: at most so many, evenly spread over the set. Raises ExpungeError, with the place, for a row without a prompt.
+    limit: at most so many, evenly spread over the set. tokenizer: whose chat template renders lists of messages.
+    Raises ExpungeError, with the place, for a row without a prompt.
     """
-    prompts = [parse_prompt(row, where) for where, row in _records(locate(source, "prompts"))]
+    prompts = [parse_prompt(row, where, tokenizer) for where, row in _records(locate(source, "prompts"))]
     if not prompts:
         raise ExpungeError(f"{source}: no prompt in it")
     if limit is not None and limit < 1:
@@ -49,9 +51,11 @@ def _records(found: NamedSet | Path | str) -> Iterable[Record]:
     return records
 
 
-def parse_prompt(row: dict[str, Any], where: str) -> Prompt:
+def parse_prompt(row: dict[str, Any], where: str, tokenizer: Any = None) -> Prompt:
     """One row as a prompt; `where` names it in errors."""
     value = row.get("prompt", row.get("text"))
+    if isinstance(value, list):
+        value = chat_prompt(value, where, tokenizer)
     if isinstance(value, dict):
         value = value.get("text")
     if value is None:

@@ -7,10 +7,12 @@ So both sides share the very same prompt tokens: none is merged with the first o
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from expunge.data.pairs import Pair
 from expunge.errors import ExpungeError
+
+if TYPE_CHECKING:
+    from expunge.data.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Truncation:
 
 
 def tokenize_pairs(
-    pairs: Sequence[Pair], tokenizer: Any, max_prompt: int = 64, max_continuation: int = 64
+    pairs: "Sequence[Pair]", tokenizer: Any, max_prompt: int = 64, max_continuation: int = 64
 ) -> tuple[list[TokenizedPair], Truncation]:
     """Token ids of each pair, in order, and what was cut or dropped.
 
