@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -148,11 +149,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
 
 def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, tokenizer):
     chat = copy.deepcopy(tokenizer)
-    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chat.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     tiny = tmp_path / "model"
     shutil.copytree(home / "model", tiny)
     chat.save_pretrained(tiny)
-    turns = [
+    rows = [
         {
             "prompt": [{"role": "user", "content": pair["prompt"]}],
             "chosen": [{"role": "assistant", "content": pair["chosen"]}],
@@ -160,7 +162,7 @@ def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, 
         }
         for pair in PAIRS
     ]
-    write(tmp_path / "chats.jsonl", turns)
+    write(tmp_path / "chats.jsonl", rows)
     settings = ["--model", tiny, "--pairs", tmp_path / "chats.jsonl", "training.max_steps=1", "--quiet"]
     assert call("train", *settings, "--out", tmp_path / "run") == 0
     assert json.loads((tmp_path / "run/stages/train.json").read_text())["pairs"]["n"] == len(PAIRS)
@@ -175,6 +177,14 @@ def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatc
     assert found["run"]["trained"] < found["run"]["parameters"]
     assert call("doctor", "--model", home) == 2
     assert "cannot load a causal language model" in capsys.readouterr().err
+
+
+def test_version_and_help_need_no_torch():
+    for option, said in (("--version", "expunge 0.1"), ("--help", "Remove a behaviour")):
+        code = f"import sys; sys.argv = ['expunge', '{option}']\ntry:\n    from expunge.cli import main; main()\n"
+        code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said in found and found.splitlines()[-1] == "0 False"
 
 
 MISTAKES = {

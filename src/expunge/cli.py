@@ -21,7 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Remove a behaviour from a language model, and prove that it is gone.",
 )
 out = Console()
 
@@ -32,6 +31,23 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"expunge {version('expunge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Remove a behaviour from a language model, and prove that it is gone."""
 
 
 @app.command()
