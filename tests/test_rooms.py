@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "engine": LEAVES | {"layout", "losses", "models"},
     "generation": LEAVES | {"models"},
     "probes": LEAVES | {"models"},
-    "scorers": LEAVES,
+    "scorers": LEAVES | {"models"},
     "data": LEAVES | {"models", "generation", "scorers", "probes"},
     "methods": LEAVES | {"losses", "probes", "models"},
     "metrics": LEAVES | {"scorers", "generation", "models", "data"},

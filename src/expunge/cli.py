@@ -229,7 +229,10 @@ def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or bu
 
     listings: dict[str, Any] = {
         "methods": lambda: [(name, METHODS.get(name).family, first_line(METHODS.get(name))) for name in METHODS.names()],
-        "scorers": lambda: [(name, first_line(SCORERS.get(name))) for name in SCORERS.names()],
+        "scorers": lambda: [
+            *((name, first_line(SCORERS.get(name))) for name in SCORERS.names()),
+            ("hf:NAME[@LABEL]", "A sequence classifier from the hub or a folder: the probability of its toxic label."),
+        ],
         "data": lambda: [(entry.name, entry.kind, entry.description) for entry in NAMED],
         "budgets": lambda: [(name, json.dumps(settings)) for name, settings in BUDGETS.items()],
     }

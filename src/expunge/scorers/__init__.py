@@ -15,7 +15,11 @@ SCORERS: Registry[Scorer] = Registry(
 
 
 def load_scorer(name: str) -> Scorer:
-    """The scorer called `name`, ready to use; `ExpungeError` where there is none."""
+    """The scorer called `name`, or the classifier `hf:NAME[@LABEL]`, ready to use; ExpungeError where there is none."""
+    if name.startswith("hf:"):
+        from expunge.scorers.classifier import ClassifierScorer
+
+        return ClassifierScorer(name.removeprefix("hf:"))
     try:
         return SCORERS.get(name)()
     except UnknownName as error:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Scorer(ABC):
-    """Text to toxicity. A class is one scorer; `Scorer()` loads it."""
+    """Text to toxicity. A registered class is one scorer; `Scorer()` loads it."""
 
     name: str
     """Its name in the registry, in rows and in tables."""
