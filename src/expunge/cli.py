@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expunge.errors import ExpungeError
@@ -198,6 +199,8 @@ def score(
     from expunge.rows import parse_lines, read_lines
     from expunge.scorers import load_scorer
 
+    if scorer.startswith("hf:"):
+        _hush()
     records = parse_lines(sys.stdin.read(), "standard input") if file == "-" else read_lines(Path(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("text"), str):
@@ -240,7 +243,7 @@ def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or bu
         raise ExpungeError(f"nothing called {what!r} to list{did_you_mean(what, listings)}")
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in listings[what]():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
 
 
@@ -264,11 +267,13 @@ def _settings(
 
 
 def _hush() -> None:
-    """Leave out transformers' bars for loading and saving shards, and its notes about our configuration."""
+    """Leave out transformers' bars for loading and saving shards, its notes about our configuration, the hub's retries."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as library
 
     library.disable_progress_bar()
     library.set_verbosity_error()
+    hub.set_verbosity_error()
 
 
 def _print_plan(settings: Any, folder: Path) -> None:
