@@ -121,6 +121,10 @@ def test_score_keeps_order_and_fields(tmp_path, capsys):
     assert first["text"] == "The river is calm."
     assert 0 <= first["score"] < 0.5
     assert second["score"] == 0
+    assert call("score", file, "--scorer", "ngram", "--scorer", "wordvec") == 0
+    said = capsys.readouterr()
+    assert [set(json.loads(line)["scores"]) for line in said.out.splitlines()] == [{"ngram", "wordvec"}] * 2
+    assert said.err.startswith("ngram and wordvec: Spearman ")
 
 
 def test_generate_writes_one_line_a_sample(home, capsys):

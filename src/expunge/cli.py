@@ -193,21 +193,45 @@ def generate(
 @app.command()
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines with `text`, or - for standard input.")],
-    scorer: Annotated[str, typer.Option(help="A scorer's name (expunge list scorers).")] = "ngram",
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="A scorer's name (expunge list scorers); repeat for several.", show_default="ngram"),
+    ] = None,
 ) -> None:
-    """Toxicity of texts: the same JSON lines with `score`, in order."""
+    """Toxicity of texts: the same JSON lines with `score`, in order; of several scorers `scores`, and how far they agree."""
     from expunge.rows import parse_lines, read_lines
     from expunge.scorers import load_scorer
 
-    if scorer.startswith("hf:"):
+    names = scorer or ["ngram"]
+    if any(name.startswith("hf:") for name in names):
         _hush()
     records = parse_lines(sys.stdin.read(), "standard input") if file == "-" else read_lines(Path(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("text"), str):
             raise ExpungeError(f"{file}: record {number} has no field 'text' that is a string")
-    scores = load_scorer(scorer).score([record["text"] for record in records])
-    for record, value in zip(records, scores, strict=True):
-        _json_line({**record, "score": round(float(value), 6)})
+    texts = [record["text"] for record in records]
+    scorers = [load_scorer(name) for name in names]
+    found = {each.name: each.score(texts) for each in scorers}
+    if len(scorers) == 1:
+        for record, value in zip(records, found[scorers[0].name], strict=True):
+            _json_line({**record, "score": round(float(value), 6)})
+        return
+    for number, record in enumerate(records):
+        _json_line({**record, "scores": {name: round(float(values[number]), 6) for name, values in found.items()}})
+    _print_agreement(found)
+
+
+def _print_agreement(scores: dict[str, Any]) -> None:
+    """On standard error, records by number: their text may be nothing to read by chance."""
+    from expunge.scorers.agreement import agreement
+
+    for found in agreement(scores):
+        apart = ", ".join(str(number + 1) for number in found.apart) or "none"
+        n = len(scores[found.first])
+        print(
+            f"{found.first} and {found.second}: Spearman {found.spearman:.3f} (n = {n}); furthest apart on records {apart}",
+            file=sys.stderr,
+        )
 
 
 @app.command()
