@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +88,7 @@ WEIGHED = [
     Case("vocabulary 256,000, 4 x 512, 64 + 64 tokens", GEMMA_VOCABULARY, "repo", prompt=64, continuation=64),
     *GROWTH,
 ]
+CASES = {"time": TIMED, "growth": GROWTH, "memory": WEIGHED}
 METHODS = {"repo": REPO(weight=0.2), "dpo": DPO(beta=0.1, clamp=None)}
 BASELINE = {"repo": "plain form", "dpo": "TRL"}
 VARIANTS = {method: [baseline, "plain layout", "live", "cached"] for method, baseline in BASELINE.items()}
@@ -294,37 +294,44 @@ def resident(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of what there is, and stop")
-    parser.add_argument("--weigh", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: case number, variant
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # in a process of its own: kind, number, variant
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.weigh:
-        number, variant = arguments.weigh
-        print(json.dumps(weigh(WEIGHED[int(number)], variant)))
+    if arguments.one:
+        kind, number, variant = arguments.one
+        case = CASES[kind][int(number)]
+        print(json.dumps(weigh(case, variant) if kind == "memory" else time_case(case, variants_of(case))))
         return
     records = read_lines(RESULTS) if RESULTS.exists() else []
-    jobs: list[tuple[str, Case, Callable[[], dict[str, Any]]]] = []
-    jobs += [("time", case, partial(time_case, case, VARIANTS[case.method])) for case in TIMED]
-    jobs += [("growth", case, partial(time_case, case, ["plain form", "cached"])) for case in GROWTH]
-    jobs += [("memory", case, partial(weigh_all, number, case)) for number, case in enumerate(WEIGHED)]
-    for kind, case, job in [] if arguments.table else jobs:
-        head = {"kind": kind, **asdict(case)}
-        if not any(all(record[key] == value for key, value in head.items()) for record in records):
+    for kind, cases in {} if arguments.table else CASES.items():
+        for number, case in enumerate(cases):
+            head = {"kind": kind, **asdict(case)}
+            if any(all(record[key] == value for key, value in head.items()) for record in records):
+                continue
             print(kind, case.name, case.method, flush=True)
-            records.append({**head, **job(), "environment": environment()})
+            variants = variants_of(case)
+            if kind == "memory":
+                found = {"bytes": {variant: alone(kind, number, variant) for variant in variants}}
+            else:
+                found = alone(kind, number, "all")
+            records.append({**head, **found, "environment": environment()})
             write_lines(RESULTS, records)
     print(tables(records))
 
 
-def weigh_all(number: int, case: Case) -> dict[str, Any]:
-    variants = [name for name in VARIANTS[case.method] if case not in GROWTH or name in ("plain form", "cached")]
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}  # freed blocks go back
-    environ |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    found = {}
-    for variant in variants:
-        command = [sys.executable, __file__, "--weigh", str(number), variant]
-        done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
-        found[variant] = json.loads(done.stdout.splitlines()[-1])
-    return {"bytes": found}
+def variants_of(case: Case) -> list[str]:
+    return ["plain form", "cached"] if case in GROWTH else VARIANTS[case.method]
+
+
+def alone(kind: str, number: int, variant: str) -> dict[str, Any]:
+    """What a process of its own measures: memory that one case leaves with a process is none of another's."""
+    environ = dict(os.environ)
+    if kind == "memory":  # freed blocks go back to the system
+        environ = {key: value for key, value in environ.items() if not key.startswith("MALLOC_")}
+        environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    command = [sys.executable, __file__, "--one", kind, str(number), variant]
+    done = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def tables(records: list[dict[str, Any]]) -> str:
