@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine import resident
 from expunge import load_model, load_pairs
 from expunge.data.tokenize import encode
 from expunge.generation import Decoding, generate
@@ -55,11 +56,6 @@ def peak_of(step: Callable[[], Any]) -> int:
     Path("/proc/self/clear_refs").write_text("5")
     step()
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ out = Console()
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)]
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")]
 ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
+MethodName = Annotated[str | None, typer.Option(help="A method's name.")]
+PairsName = Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
@@ -56,8 +58,8 @@ def run(
     overrides: Overrides = None,
     config: ConfigFile = None,
     model: ModelName = None,
-    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    method: MethodName = None,
+    pairs: PairsName = None,
     budget: Budget = "quick",
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
@@ -82,8 +84,8 @@ def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
     model: ModelName = None,
-    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    method: MethodName = None,
+    pairs: PairsName = None,
     budget: Budget = "full",
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
@@ -110,8 +112,8 @@ def doctor(
     overrides: Overrides = None,
     config: ConfigFile = None,
     model: ModelName = None,
-    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")] = None,
+    method: MethodName = None,
+    pairs: PairsName = None,
     budget: Budget = "quick",
 ) -> None:
     """Say what this machine offers, and estimate memory and time of a run without loading the model."""

@@ -15,7 +15,7 @@ import torch
 
 from expunge.config import RunConfig, cache_folder
 from expunge.data import tokenize_pairs
-from expunge.estimate import SHARE, estimate, matrix_rate, resident, rows_of
+from expunge.estimate import SHARE, estimate, matrix_rate, rows_of
 from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_pairs
 from expunge.provenance import environment
 
@@ -58,7 +58,7 @@ def forecast(config: RunConfig) -> Forecast:
         for lengths in (longest, usual)
     )
     steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
-    process, loading = resident(), 2 * most.parts["weights"]  # the file's pages and the weights
+    process, loading = psutil.Process().memory_info().rss, 2 * most.parts["weights"]  # the file's pages and the weights
     seconds = None
     if on_cpu:
         rate = matrix_rate(outline.get_text_config().hidden_size, torch.bfloat16 if args.bf16 else torch.float32)

@@ -9,12 +9,10 @@ head follows from its shape, and the optimizer is taken for Adam, whose moments 
 """
 
 import math
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,12 +215,6 @@ class _Kept:
         self._hooks.__exit__(*error)
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds now: Python and its libraries, before a model is loaded."""
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
-
-
 def rows_of(pairs: Sequence[TokenizedPair], batch: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(prompt, continuation) in tokens of the longest pair, which memory must hold, and of what a batch is padded to."""
     lengths = sorted((len(pair.prompt) + len(pair.chosen) + len(pair.rejected), len(pair.prompt)) for pair in pairs)
@@ -236,10 +228,10 @@ def _split(length: int, prompt: int) -> tuple[int, int]:
     return prompt, math.ceil((length - prompt) / 2)
 
 
-def matrix_rate(width: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seconds: float = 0.5) -> float:
-    """Float operations a second in the product of 512 states with a feed-forward layer of that width, at best."""
-    a = torch.randn(512, width, device=device, dtype=dtype)
-    b = torch.randn(width, 4 * width, device=device, dtype=dtype)
+def matrix_rate(width: int, dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> float:
+    """Float operations a second of the CPU in the product of 512 states with a feed-forward layer of that width, at best."""
+    a = torch.randn(512, width, dtype=dtype)
+    b = torch.randn(width, 4 * width, dtype=dtype)
     end, fastest = time.perf_counter() + seconds, math.inf
     while (start := time.perf_counter()) < end:
         (a @ b)[0, 0].item()

@@ -63,6 +63,6 @@ def _render(turns: Sequence[Message], where: str, tokenizer: Any, **options: boo
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{where}: the model's chat template refuses the conversation ({reason})") from None
     bos = tokenizer.bos_token
-    if bos and tokenizer.bos_token_id in leading_tokens(tokenizer):  # it is put before a text again
+    if bos and text.startswith(bos) and tokenizer.bos_token_id in leading_tokens(tokenizer):  # it is put before a text again
         text = text.removeprefix(bos)
     return text

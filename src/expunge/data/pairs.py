@@ -72,16 +72,15 @@ def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pai
 def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: dict[str, str] = PREFERENCE) -> Pair:
     """One row as a pair; `where` names it in errors, `fields` gives the row's name of each part."""
     if isinstance(row.get("chosen"), list):
-        pair = Pair(*chat_pair(row, where, tokenizer))
-        if pair.chosen == pair.rejected:
-            raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")
-        return pair
-    chosen = _text(row, fields["chosen"], where)
-    rejected = _text(row, fields["rejected"], where)
+        prompt, chosen, rejected = chat_pair(row, where, tokenizer)
+    else:
+        prompt, chosen, rejected = None, _text(row, fields["chosen"], where), _text(row, fields["rejected"], where)
     if chosen == rejected:
         raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")
-    if fields["prompt"] in row:
-        return Pair(_text(row, fields["prompt"], where), chosen, rejected)
+    if prompt is None and fields["prompt"] in row:
+        prompt = _text(row, fields["prompt"], where)
+    if prompt is not None:
+        return Pair(prompt, chosen, rejected)
     cut = common_prefix(chosen, rejected)
     return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
