@@ -20,7 +20,7 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 class Row:
     """One measured figure with its 95 % interval; fields that do not apply are None."""
 
-    stage: str  # evaluate | attack | analyze
+    stage: str  # train | evaluate | attack | analyze
     subject: str  # reference | unlearned
     metric: str  # toxicity | expected_max_toxicity | toxicity_probability | perplexity | f1 | ...
     value: float
@@ -42,6 +42,7 @@ class Row:
     attack: str | None = None
     attack_config: dict[str, Any] | None = None
     draw: int | None = None
+    step: int | None = None  # optimizer steps before a measurement in the midst of training
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
