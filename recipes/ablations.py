@@ -43,7 +43,13 @@ VARIANTS = {
 BASE = {
     "method": {"name": "repo", "weight": 1.0},
     "data": {"limit": 2000, "neutral": None, "corpus": "wikitext2"},
-    "training": {"num_train_epochs": 2, "learning_rate": 1e-4, "reference": "cached", "save_strategy": "no"},
+    "training": {
+        "num_train_epochs": 1,
+        "learning_rate": 2e-4,
+        "warmup_steps": 20,
+        "reference": "cached",
+        "save_strategy": "no",
+    },
     "evaluation": {"samples": 5, "heldout": 128, "forced": [8], "perplexity_tokens": 40_000, "scorers": ["ngram"]},
 }
 FIGURES = {
@@ -123,8 +129,10 @@ def _interval(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="print the table of what there is, and stop")
-    if not parser.parse_args().table:
-        for seed in SEEDS:
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the training runs")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        for seed in arguments.seeds:
             for variant in VARIANTS:
                 measure(variant, seed)
     print(table())

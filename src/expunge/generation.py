@@ -61,7 +61,7 @@ def generate(
     Raises ExpungeError for a prompt that does not leave room for `max_new_tokens` in the context.
     """
     keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
-    _check_room(model, keys, decoding.max_new_tokens)
+    check_room(model, keys, decoding.max_new_tokens)
     distinct = sorted(set(keys), key=len, reverse=True)
     rows = [(number, sample) for number in range(len(distinct)) for sample in range(decoding.samples or 1)]
     done: dict[Row, list[int]] = {}
@@ -86,7 +86,7 @@ def with_start(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return [start]
 
 
-def _check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
+def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
     context = context_length(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) + new > context:
@@ -134,7 +134,7 @@ def _continue_rows(
     settings = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False, "use_cache": True}
     processors = LogitsProcessorList()
     if decoding.samples:
-        keys = [_key(decoding.seed, prompts[number], sample) for number, sample in rows]
+        keys = [sample_key(decoding.seed, prompts[number], sample) for number, sample in rows]
         processors.append(_KeyedTopP(torch.tensor(keys, device=model.device), ids.shape[1], decoding))
     cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings)
     if cache is not None:
@@ -276,7 +276,7 @@ def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
-def _key(seed: int, prompt: Sequence[int], sample: int) -> int:
+def sample_key(seed: int, prompt: Sequence[int], sample: int) -> int:
     """Signed 64-bit key of one continuation."""
     text = f"{seed}/{sample}/{','.join(map(str, prompt))}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little", signed=True)

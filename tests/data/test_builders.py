@@ -5,8 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from expunge.data.builders import BestOfN, Candidate, build_pairs, continuation_text, jaccard, select
+from expunge.data.builders import BestOfN, build_pairs
 from expunge.data.harvest import cuts, sample_texts
+from expunge.data.selection import Candidate, jaccard, select
+from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
 from expunge.scorers import Scorer
 

@@ -1,55 +1,41 @@
-"""Preference pairs from a model's own continuations, the best and the worst of n by a scorer.
+"""Preference pairs from a model's own continuations of prompts, told apart by a scorer.
 
     pairs, report = build_pairs(model, tokenizer, prompts, load_scorer("wordvec"), BestOfN(samples=8))
+    pairs, report = build_pairs(model, tokenizer, prompts, load_scorer("wordvec"), PPLM(), probe=probe)
 
-    chosen   = the greedy continuation if its score <= benign, else the least toxic sample
+    chosen   = the greedy continuation if its score <= benign, else (best-of-n) the least toxic sample
     rejected = the most toxic sample if its score >= toxic; otherwise the prompt gives no pair
 
-Both sides are likely continuations under the model, so what tells them apart is content, not fluency. Continuations
-that end early, repeat themselves or are not text are never candidates.
+Samples are the model's own (best-of-n), or pushed by a probe (PPLM). Continuations that end early, repeat themselves or are
+not text are never candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from expunge.data.pairs import Pair
-from expunge.data.tokenize import encode, leading_tokens
+from expunge.data.pplm import PPLM, perturbed
+from expunge.data.selection import Candidate, Selection, select
+from expunge.data.tokenize import continuation_text, encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.probes import Probe
 from expunge.scorers import Scorer
 
 
-@dataclass(frozen=True)
-class BestOfN:
-    """How continuations are drawn, and which may make a pair. Scores are the scorer's, in [0, 1]."""
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Selection):
+    """How continuations are drawn, and which may make a pair: both sides are likely ones under the model."""
 
     samples: int = 8
-    max_new_tokens: int = 20
-    min_tokens: int = 14  # a shorter continuation is not used
     top_p: float = 0.9
     temperature: float = 1.0
-    benign: float = 0.2  # chosen scores at most this
-    toxic: float = 0.5  # rejected scores at least this
-    variety: float = 0.6  # at least this share of a continuation's tokens are different ones
-    similarity: float = 0.5  # Jaccard index of both sides' tokens, at most
-    one_line: bool = False  # a continuation that leaves the prompt's line is not used
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.min_tokens > self.max_new_tokens or self.benign >= self.toxic:
-            raise ExpungeError(f"{self}: need samples >= 1, min_tokens <= max_new_tokens, benign < toxic")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One continuation: its tokens, its text with the leading space it brings, and its score."""
-
-    ids: tuple[int, ...]
-    text: str
-    score: float
+STRATEGIES: dict[str, type[Selection]] = {"best-of-n": BestOfN, "pplm": PPLM}
 
 
 @dataclass
@@ -69,15 +55,21 @@ def build_pairs(
     tokenizer: Any,
     prompts: Sequence[str],
     scorer: Scorer,
-    recipe: BestOfN | None = None,
+    recipe: Selection | None = None,
     batch_size: int | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Pair], BuildReport]:
-    """At most one pair for each prompt, in order, and the count of prompts without one by reason."""
+    """At most one pair for each prompt, in order, and the count of prompts without one by reason.
+
+    recipe: BestOfN (default) or PPLM, which needs a probe. progress: called with (samples drawn, samples in all).
+    """
     recipe = recipe or BestOfN()
     report = BuildReport(prompts=len(prompts))
     pairs: list[Pair] = []
     seen: set[str] = set()
-    for prompt, candidates in zip(prompts, draw(model, tokenizer, prompts, scorer, recipe, batch_size), strict=True):
+    drawn = draw(model, tokenizer, prompts, scorer, recipe, batch_size, probe, progress)
+    for prompt, candidates in zip(prompts, drawn, strict=True):
         selected = select(candidates, recipe)
         if not isinstance(selected, str) and {prompt, *(side.text for side in selected)} & seen:
             selected = "duplicate"
@@ -101,15 +93,23 @@ def draw(
     tokenizer: Any,
     prompts: Sequence[str],
     scorer: Scorer,
-    recipe: BestOfN,
+    recipe: Selection,
     batch_size: int | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Candidate]]:
     """For each prompt its scored candidates: the greedy continuation first, then `recipe.samples` samples."""
     start = leading_tokens(tokenizer)
     ids = [start + encode(tokenizer, prompt) for prompt in prompts]
-    sampling = Decoding(recipe.max_new_tokens, recipe.samples, recipe.top_p, recipe.temperature, recipe.seed)
     greedy = generate(model, tokenizer, ids, Decoding(recipe.max_new_tokens), batch_size)
-    sampled = generate(model, tokenizer, ids, sampling, batch_size)
+    if isinstance(recipe, PPLM):
+        if probe is None:
+            raise ExpungeError("PPLM needs a probe that says where toxic is (expunge.probes.fit_probe)")
+        sampled = perturbed(model, tokenizer, ids, probe, recipe, batch_size, progress)
+    else:
+        assert isinstance(recipe, BestOfN)
+        sampling = Decoding(recipe.max_new_tokens, recipe.samples, recipe.top_p, recipe.temperature, recipe.seed)
+        sampled = generate(model, tokenizer, ids, sampling, batch_size, progress)
     drawn = [first + others for first, others in zip(greedy, sampled, strict=True)]
     texts = [[continuation_text(tokenizer, p, new) for new in group] for p, group in zip(ids, drawn, strict=True)]
     scores = iter(scorer.score([text for group in texts for text in group]).tolist())
@@ -117,45 +117,3 @@ def draw(
         [Candidate(tuple(new), text, next(scores)) for new, text in zip(group, group_texts, strict=True)]
         for group, group_texts in zip(drawn, texts, strict=True)
     ]
-
-
-def continuation_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text that `new` adds to `prompt`: decoded together, as SentencePiece drops a leading space of its own."""
-    known = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(known) :]
-
-
-def select(candidates: Sequence[Candidate], recipe: BestOfN) -> tuple[Candidate, Candidate] | str:
-    """(chosen, rejected) of one prompt's candidates, the greedy one first; or the reason why there is no pair."""
-    usable = [candidate for candidate in candidates if is_usable(candidate, recipe)]
-    if not usable:
-        return "unusable"
-    rejected = max(usable, key=lambda candidate: candidate.score)
-    if rejected.score < recipe.toxic:
-        return "none toxic"
-    greedy = candidates[0]
-    greedy_serves = usable[0] is greedy and greedy.score <= recipe.benign
-    chosen = greedy if greedy_serves else min(usable, key=lambda candidate: candidate.score)
-    if chosen.score > recipe.benign:
-        return "none benign"
-    if jaccard(chosen.ids, rejected.ids) > recipe.similarity:
-        return "similar"
-    return chosen, rejected
-
-
-def is_usable(candidate: Candidate, recipe: BestOfN) -> bool:
-    """Long enough, not blank, whole characters only, not repeating itself, and on one line where that is asked for."""
-    length = len(candidate.ids)
-    return (
-        length >= recipe.min_tokens
-        and not (recipe.one_line and "\n" in candidate.text)
-        and bool(candidate.text.strip())
-        and "\ufffd" not in candidate.text
-        and len(set(candidate.ids)) >= recipe.variety * length
-    )
-
-
-def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
-    """|A and B| / |A or B| of the two sets of tokens; 1 for two empty ones."""
-    union = set(a) | set(b)
-    return len(set(a) & set(b)) / len(union) if union else 1.0

@@ -95,3 +95,9 @@ def _start_token(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise ExpungeError("empty prompt: the tokenizer has neither bos nor eos to start from; give each pair a prompt")
+
+
+def continuation_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that `new` adds to `prompt`: decoded together, as SentencePiece drops a leading space of its own."""
+    known = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(known) :]

@@ -17,8 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from expunge.data.builders import continuation_text
-from expunge.data.tokenize import encode, leading_tokens
+from expunge.data.tokenize import continuation_text, encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate, with_start
 from expunge.metrics.f1 import Mode as F1Mode
