@@ -33,6 +33,20 @@ def some_rows(after: float = 0.25) -> list[Row]:
     ]
 
 
+def checkpoints(ratios: dict[int, tuple[float, float]], scorer: str = "ngram") -> list[Row]:
+    """By step, the perplexity and the toxicity ratio that a measurement in the midst of training gave; reference 64, 0.5."""
+    rows = []
+    for step, (perplexity, toxicity) in ratios.items():
+        for metric, ratio, before, where in (
+            ("perplexity", perplexity, 64.0, {"dataset": "wikitext2", "mode": "exact"}),
+            ("toxicity", toxicity, 0.5, {"dataset": "challenge", "decode": "sampled", "scorer": scorer}),
+        ):
+            fields = {"n": 4, "step": step, **where}
+            rows.append(Row("train", "unlearned", metric, ratio * before, **fields))
+            rows.append(Row("train", "unlearned", f"{metric}_ratio", ratio, 0.25, 1.25, paired=True, **fields))
+    return rows
+
+
 def sample(subject: str, prompt_id: int, score: float, **changes: Any) -> dict[str, Any]:
     return {
         "subject": subject,
@@ -77,6 +91,11 @@ def run_rows() -> Callable[..., list[Row]]:
 @pytest.fixture
 def figure_rows() -> Callable[..., list[Row]]:
     return compared
+
+
+@pytest.fixture
+def checkpoint_rows() -> Callable[..., list[Row]]:
+    return checkpoints
 
 
 @pytest.fixture
