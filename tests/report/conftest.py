@@ -83,26 +83,26 @@ def write_run(folder: Path, rows: list[Row] | None = None, samples: list[dict[st
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_rows() -> Callable[..., list[Row]]:
     return some_rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure_rows() -> Callable[..., list[Row]]:
     return compared
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def checkpoint_rows() -> Callable[..., list[Row]]:
     return checkpoints
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_sample() -> Callable[..., dict[str, Any]]:
     return sample
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     return write_run

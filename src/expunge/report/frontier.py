@@ -17,7 +17,7 @@ from expunge.rows import Row
 
 LEFT, TOP, RIGHT, BOTTOM = 44, 26, 428, 262  # the plot's frame in a view of 440 x 300 user units
 LETTER, TALL, DOT = 7, 13, 5  # a label's letters and a point, as far as they may not overlap
-MOST = 200  # points beyond the frontier that are drawn; the line goes through all
+MOST, LABELLED = 200, 50  # points beyond the frontier that are drawn (the line goes through all), labels at most
 
 Pair = tuple[float, float]
 """Perplexity ratio, toxicity ratio."""
@@ -124,7 +124,7 @@ def _draw(name: str, ratios: dict[int, Pair], best: set[Pair]) -> Drawing:
     ranked = sorted(shown, key=lambda step: (ratios[step] not in best, step != shown[-1], step))
     origin = place((1.0, 1.0))
     places = {step: place(ratios[step]) for step in shown}
-    labels = _labels([(str(step), places[step]) for step in ranked], [origin, *places.values()], origin)
+    labels = _labels([(str(step), places[step]) for step in ranked[:LABELLED]], [origin, *places.values()], origin)
     points = [Point(step, ratios[step], *places[step], ratios[step] in best, labels.get(str(step))) for step in shown]
     lowest = min(ratios, key=lambda step: ratios[step][1])
     path = [origin, *map(place, ratios.values())]
