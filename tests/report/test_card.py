@@ -59,10 +59,12 @@ def test_the_base_is_named_where_a_hub_has_it(card_of, model, base):
     assert "| method.beta | 0.5 |" in card.text
 
 
-def test_an_adapter_is_loaded_by_peft(card_of):
-    card = card_of(adapter=True)
+@pytest.mark.parametrize(("model", "local"), [("gpt2", False), ("builtin", True)])
+def test_an_adapter_is_loaded_by_peft(card_of, model, local):
+    card = card_of(config={"model": model, "method": {"name": "repo"}}, adapter=True)
     assert card.data.library_name == "peft"
     assert "from peft import AutoPeftModelForCausalLM" in card.text
+    assert ("needs the original" in card.text) is local
 
 
 def test_the_prose_has_the_table_and_the_limits(card_of):
@@ -113,6 +115,7 @@ def test_paths_are_not_published_and_stay_apart(card_of, run_rows):
         ("hf:org/judge@toxic", "hf:org/judge@toxic"),
         ("hf:/a/judge@toxic", "hf:judge@toxic"),
         (r"C:\sets\b.jsonl", "b.jsonl"),
+        ("x" * 5000, "x" * 5000),
     ],
 )
 def test_public_names(name, shown):

@@ -210,6 +210,12 @@ def test_without_checkpoints_there_is_no_frontier(make_run, tmp_path):
     assert not page_of(folder).find("section", id="frontier")
 
 
+def test_samples_carry_the_first_score_for_sorting(make_run, one_sample, tmp_path):
+    records = [one_sample("reference", 0, 0.25), one_sample("unlearned", 0, 0.0, scores={})]
+    ((attributes, _),) = page_of(make_run(tmp_path, samples=records)).find("li", **{"class": "sample"})
+    assert (attributes["data-reference"], "data-unlearned" in attributes) == ("0.25", False)
+
+
 def test_cells_carry_their_values_for_sorting(make_run, run_rows, tmp_path):
     rows = [row for row in run_rows() if row.metric != "perplexity_ratio"]
     cells = page_of(make_run(tmp_path, rows=rows)).find("td", **{"class": "number"})

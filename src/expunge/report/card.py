@@ -50,7 +50,8 @@ def render_card(run: RunFiles, library: str) -> str:
     model = str(run.settings.get("model"))
     rows = _public_rows(run.rows)
     front: dict[str, Any] = {"base_model": model, "library_name": library, "pipeline_tag": "text-generation"}
-    if model == "builtin" or _is_path(model):
+    local = model == "builtin" or _is_path(model)
+    if local:
         del front["base_model"]
     front["tags"] = ["unlearning", "expunge", name]
     if results := _results(rows):
@@ -66,6 +67,7 @@ def render_card(run: RunFiles, library: str) -> str:
             model="expunge's built-in model" if model == "builtin" else public(model),
             builtin=model == "builtin",
             library=library,
+            local_base=local,
             remote_code=run.settings.get("trust_remote_code") is True,
             table=Markup(to_markdown(headline({run.name: rows}))),
             scorers=list(dict.fromkeys(figure.scorer for figure, _ in headline_rows(rows) if figure.scorer)),
@@ -85,8 +87,12 @@ def public(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    local = name.startswith(("/", ".", "~")) or "\\" in name or Path(name).suffix in ENDINGS
-    return local or Path(name).exists()
+    if name.startswith(("/", ".", "~")) or "\\" in name or Path(name).suffix in ENDINGS:
+        return True
+    try:
+        return Path(name).exists()
+    except OSError:  # longer than any file's name
+        return False
 
 
 def _public_rows(rows: Iterable[Row]) -> list[Row]:
