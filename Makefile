@@ -6,7 +6,9 @@ INSTALLED := $(VENV)/.installed
 # Large blocks stay with the process instead of going back to the system at every step: a quarter faster on a CPU.
 FAST := MALLOC_TOP_PAD_=1073741824 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: demo test lint clean
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+
+.PHONY: demo test lint browser clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +26,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
+# The tests of the report's page run in Debian's Chromium. Where it cannot be had they are skipped, and say so.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "no chromium here: the browser tests will be skipped (apt-get install chromium chromium-driver)"; exit 0; \
+	fi; \
+	echo "installing Debian's chromium for the browser tests"; \
+	timeout 300 sh -c '$(APT) update; $(APT) install -y --no-install-recommends chromium chromium-driver' \
+		>/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will be skipped"
+
+test: lint browser
 	$(FAST) $(BIN)/python -m pytest
 
 clean:

@@ -33,6 +33,20 @@ def some_rows(after: float = 0.25) -> list[Row]:
     ]
 
 
+def checkpoints(ratios: dict[int, tuple[float, float]], scorer: str = "ngram") -> list[Row]:
+    """By step, the perplexity and the toxicity ratio that a measurement in the midst of training gave; reference 64, 0.5."""
+    rows = []
+    for step, (perplexity, toxicity) in ratios.items():
+        for metric, ratio, before, where in (
+            ("perplexity", perplexity, 64.0, {"dataset": "wikitext2", "mode": "exact"}),
+            ("toxicity", toxicity, 0.5, {"dataset": "challenge", "decode": "sampled", "scorer": scorer}),
+        ):
+            fields = {"n": 4, "step": step, **where}
+            rows.append(Row("train", "unlearned", metric, ratio * before, **fields))
+            rows.append(Row("train", "unlearned", f"{metric}_ratio", ratio, 0.25, 1.25, paired=True, **fields))
+    return rows
+
+
 def sample(subject: str, prompt_id: int, score: float, **changes: Any) -> dict[str, Any]:
     return {
         "subject": subject,
@@ -69,21 +83,26 @@ def write_run(folder: Path, rows: list[Row] | None = None, samples: list[dict[st
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_rows() -> Callable[..., list[Row]]:
     return some_rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure_rows() -> Callable[..., list[Row]]:
     return compared
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def checkpoint_rows() -> Callable[..., list[Row]]:
+    return checkpoints
+
+
+@pytest.fixture(scope="session")
 def one_sample() -> Callable[..., dict[str, Any]]:
     return sample
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     return write_run

@@ -10,6 +10,7 @@ import pytest
 from expunge.errors import ExpungeError
 from expunge.report import write_report
 from expunge.report.page import MAX_BYTES
+from expunge.rows import write_rows
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -59,9 +60,11 @@ def test_figures_of_the_page_are_those_of_the_rows(make_run, tmp_path):
     assert "Perplexity (wikitext2, exact): 64.00 [63.88, 64.12] before, 80.00" in lead
 
 
-def test_every_table_has_a_caption_and_headers(make_run, tmp_path):
-    page = page_of(make_run(tmp_path))
-    assert len(page.find("table")) == len(page.find("caption")) == 3
+def test_every_table_has_a_caption_and_headers(make_run, checkpoint_rows, tmp_path):
+    folder = make_run(tmp_path)
+    write_rows(folder / "checkpoints.jsonl", checkpoint_rows({10: (1.1, 0.5)}))
+    page = page_of(folder)
+    assert len(page.find("table")) == len(page.find("caption")) == 4
     assert all("scope" in attributes for attributes, _ in page.find("th"))
 
 
@@ -183,4 +186,38 @@ def test_the_same_files_make_the_same_page_and_leave_nothing_temporary(make_run,
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
     assert not list(folder.glob("*.tmp"))
-    assert (folder / "table.md").is_file() and (folder / "table.csv").is_file()
+    names = {"headline.csv", "headline.md", "headline.tex", "full.csv", "full.md", "full.tex"}
+    assert {path.name for path in (folder / "tables").iterdir()} == names
+
+
+def test_checkpoints_are_drawn_and_tabled(make_run, checkpoint_rows, tmp_path):
+    folder = make_run(tmp_path)
+    write_rows(folder / "checkpoints.jsonl", checkpoint_rows({10: (1.25, 0.5), 20: (1.5, 0.75)}))
+    page = page_of(folder)
+    assert [text for _, text in page.find("title")][1:] == [
+        "step 10: perplexity ratio 1.25, toxicity ratio 0.5",
+        "step 20: perplexity ratio 1.5, toxicity ratio 0.75",
+    ]
+    assert len(page.find("circle", **{"class": "best"})) == 1
+    assert [text for _, text in page.find("text", **{"class": "point start best"})] == ["10"]
+    assert "0.750" in (folder / "tables" / "frontier.md").read_text(encoding="utf-8")
+    assert {path.name for path in (folder / "tables").glob("frontier.*")} == {"frontier.csv", "frontier.md", "frontier.tex"}
+
+
+def test_without_checkpoints_there_is_no_frontier(make_run, tmp_path):
+    folder = make_run(tmp_path)
+    write_rows(folder / "checkpoints.jsonl", [])
+    assert not page_of(folder).find("section", id="frontier")
+
+
+def test_samples_carry_the_first_score_for_sorting(make_run, one_sample, tmp_path):
+    records = [one_sample("reference", 0, 0.25), one_sample("unlearned", 0, 0.0, scores={})]
+    ((attributes, _),) = page_of(make_run(tmp_path, samples=records)).find("li", **{"class": "sample"})
+    assert (attributes["data-reference"], "data-unlearned" in attributes) == ("0.25", False)
+
+
+def test_cells_carry_their_values_for_sorting(make_run, run_rows, tmp_path):
+    rows = [row for row in run_rows() if row.metric != "perplexity_ratio"]
+    cells = page_of(make_run(tmp_path, rows=rows)).find("td", **{"class": "number"})
+    assert [attributes.get("data-value") for attributes, _ in cells[:4]] == ["0.5", "0.25", "0.5", "4"]
+    assert [text for attributes, text in cells if "data-value" not in attributes] == ["–"] * 5

@@ -1,31 +1,7 @@
 import pytest
 
 from expunge.errors import ExpungeError
-from expunge.report.tables import Cell, full, headline, to_csv, to_markdown
-from expunge.rows import Row
-
-MARKDOWN = """\
-| figure | reference | unlearned | ratio | n |
-| :--- | ---: | ---: | ---: | ---: |
-| toxicity, sampled, challenge, ngram | 0.500 [0.375, 0.625] | 0.250 [0.125, 0.375] | 0.500 [0.250, 0.750] | 4 |
-| toxicity, sampled, pairs, rejected side, k = 8, ngram | 0.750 [0.625, 0.875] | 0.500 [0.375, 0.625] | 0.667 [0.250, 0.750] | 4 |
-| perplexity, wikitext2, exact | 64.00 [63.88, 64.12] | 80.00 [79.88, 80.12] | 1.250 [0.250, 0.750] | 4 |
-"""  # noqa: E501
-
-CSV = """\
-group,figure,reference,reference low,reference high,unlearned,unlearned low,unlearned high,ratio,ratio low,ratio high,n
-Toxicity of continuations,"toxicity, sampled, challenge, ngram",0.5,0.375,0.625,0.25,0.125,0.375,0.5,0.25,0.75,4
-"""
-
-
-def test_markdown_of_a_run(run_rows):
-    assert to_markdown(headline({"a": run_rows()})) == MARKDOWN
-
-
-def test_csv_is_unrounded(run_rows):
-    assert to_csv(headline({"a": run_rows()})).startswith(CSV)
-    rows = [Row("evaluate", "unlearned", "perplexity", 1234.56789, n=3, mode="exact")]
-    assert "1234.56789,,,3" in to_csv(headline({"a": rows}))
+from expunge.report.tables import Cell, full, headline, headline_rows
 
 
 def test_headline_takes_the_largest_k_alone(run_rows):
@@ -77,8 +53,22 @@ def test_a_doubled_row_is_an_error(run_rows):
         full([*run_rows(), run_rows()[1]])
 
 
+def test_rows_behind_the_headline(run_rows):
+    found = [(figure.metric, figure.k, roles["ratio"].value) for figure, roles in headline_rows(run_rows())]
+    assert found == [("toxicity", None, 0.5), ("toxicity", 8, 0.5 / 0.75), ("perplexity", None, 1.25)]
+
+
+def test_steps_are_figures_of_their_own(checkpoint_rows):
+    labels = [line.label for line in full(checkpoint_rows({5: (1.0, 0.5), 10: (1.0, 0.25)})).lines]
+    assert [label for label in labels if label.startswith("toxicity")] == [
+        "toxicity, step 5, sampled, challenge, ngram",
+        "toxicity, step 10, sampled, challenge, ngram",
+    ]
+
+
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.1234, "0.123"), (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (1234, "1,234")]
+    ("value", "text"),
+    [(-0.0001, "0.000"), (0.1234, "0.123"), (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (1234, "1,234")],
 )
 def test_decimals_follow_the_size(value, text):
     assert str(Cell(value)) == text

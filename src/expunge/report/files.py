@@ -1,9 +1,10 @@
-"""What a run folder holds, read and checked for the report; every complaint is one line that names the file.
+"""What a run folder holds, read and checked for the report, and written; every complaint is one line that names the file.
 
 run = read_run(Path("runs/first")); run.rows; run.samples
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from expunge.errors import ExpungeError
+from expunge.report.text import clip
 from expunge.rows import Row, read_lines, read_rows
 
 NEEDED = ("config.yaml", "results.jsonl", "samples.jsonl", "provenance.json")
@@ -23,8 +25,10 @@ class RunFiles:
     rows: list[Row]
     samples: list[dict[str, Any]]
     training: list[dict[str, Any]]  # empty where a model was measured, not trained
+    checkpoints: list[Row]  # measured in the midst of training; empty where none was
     provenance: dict[str, Any]
     config: str
+    settings: dict[str, Any]  # what `config` says
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -32,16 +36,19 @@ def read_run(folder: Path) -> RunFiles:
     for name in NEEDED:
         if not (folder / name).is_file():
             raise ExpungeError(_missing(folder, name))
-    training = folder / "training.jsonl"
+    training, checkpoints = folder / "training.jsonl", folder / "checkpoints.jsonl"
     config = read_text(folder / "config.yaml")
+    settings = _settings(config, folder / "config.yaml")
     return RunFiles(
         name=folder.resolve().name,
-        subject=_subject(config, folder / "config.yaml"),
+        subject=_subject(settings),
         rows=_rows(folder / "results.jsonl"),
         samples=read_lines(folder / "samples.jsonl"),
         training=read_lines(training) if training.is_file() else [],
+        checkpoints=_checked_rows(checkpoints) if checkpoints.is_file() else [],
         provenance=_provenance(folder / "provenance.json"),
         config=config,
+        settings=settings,
     )
 
 
@@ -52,6 +59,20 @@ def read_text(path: Path) -> str:
         raise ExpungeError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
+def flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as (dotted path, text); memory in GiB, times in seconds."""
+    for key, value in facts.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict):
+            yield from flat(value, name)
+        elif name.endswith("_bytes") and isinstance(value, (int, float)):
+            yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
+        elif name.endswith("seconds") and isinstance(value, (int, float)):
+            yield name, f"{value:,.1f} s"
+        else:
+            yield name, "none" if value is None else clip(str(value), 1000)
+
+
 def _missing(folder: Path, name: str) -> str:
     if name == "config.yaml":
         return f"{folder} holds no run ({name} is missing): give a folder that `expunge run --out` wrote"
@@ -60,12 +81,17 @@ def _missing(folder: Path, name: str) -> str:
 
 
 def _rows(path: Path) -> list[Row]:
+    rows = _checked_rows(path)
+    if not rows:
+        raise ExpungeError(f"{path}: no rows: measure again")
+    return rows
+
+
+def _checked_rows(path: Path) -> list[Row]:
     try:
         rows = read_rows(path)
     except TypeError as error:  # Row's fields without a default
         raise ExpungeError(f"{path}: a row is incomplete, {str(error).split('() ')[-1]}: measure again") from None
-    if not rows:
-        raise ExpungeError(f"{path}: no rows: measure again")
     for number, row in enumerate(rows, 1):
         for value in (row.value, row.ci_low or 0.0, row.ci_high or 0.0):
             if not isinstance(value, (int, float)):
@@ -73,8 +99,7 @@ def _rows(path: Path) -> list[Row]:
     return rows
 
 
-def _subject(config: str, path: Path) -> str:
-    """The method and the model of a configuration."""
+def _settings(config: str, path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(config)
     except yaml.YAMLError as error:
@@ -82,9 +107,14 @@ def _subject(config: str, path: Path) -> str:
         raise ExpungeError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML") from None
     if not isinstance(values, dict):
         raise ExpungeError(f"{path}: expected keys and values, found {type(values).__name__}")
-    method = values.get("method")
+    return values
+
+
+def _subject(settings: dict[str, Any]) -> str:
+    """The method and the model."""
+    method = settings.get("method")
     name = method.get("name") if isinstance(method, dict) else method
-    return " on ".join(str(part) for part in (name, values.get("model")) if part)
+    return " on ".join(str(part) for part in (name, settings.get("model")) if part)
 
 
 def _provenance(path: Path) -> dict[str, Any]:
@@ -95,3 +125,14 @@ def _provenance(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ExpungeError(f"{path}: expected a JSON object, found {type(facts).__name__}")
     return facts
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a temporary name, then a rename. ExpungeError where that cannot be."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ExpungeError(f"{path}: cannot write there ({error.strerror})") from None

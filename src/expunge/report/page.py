@@ -1,4 +1,4 @@
-"""The page: a run's files to one self-contained report.html, and the headline as table.csv and table.md.
+"""The page: a run's files to one self-contained report.html, with its tables beside it and the model's card.
 
     write_report(Path("runs/first"))        # -> runs/first/report.html
 
@@ -8,26 +8,26 @@ Text from models and files is escaped by jinja2, and `visible` shows the charact
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from expunge.errors import ExpungeError
+from expunge.report.card import write_card
 from expunge.report.charts import HEIGHT, MARK, WIDTH, curves, marks
-from expunge.report.files import RunFiles, read_run, read_text
+from expunge.report.files import RunFiles, flat, read_run, read_text, write_text
+from expunge.report.formats import to_csv, to_latex, to_markdown
+from expunge.report.frontier import BOTTOM, LEFT, RIGHT, TOP, Frontier, frontier
 from expunge.report.samples import LENGTH, VEIL, choose
-from expunge.report.tables import CHALLENGE, FORCED, Cell, Table, full, headline, to_csv, to_markdown
+from expunge.report.tables import CHALLENGE, FORCED, Cell, Table, full, headline
 from expunge.report.text import clip, short, visible
 
 MAX_BYTES = 3_000_000
-FIGURES, FACTS, CONFIG = (
-    2_000,
-    400,
-    60_000,
-)  # lines of the full table and of the provenance, characters of the configuration
+FIGURES, CHECKPOINTS, FACTS = 2_000, 400, 400  # lines of the full table, of the frontier's, of the provenance
+CONFIG = 60_000  # characters of the configuration
 HERE = Path(__file__).parent
 
 
@@ -42,21 +42,27 @@ class Sentence(NamedTuple):
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder/report.html`, `table.csv` and `table.md` from the run's files; returns the page's path.
+    """Write `folder/report.html`, the tables beside it and the card of `folder/model`; returns the page's path.
 
     Raises ExpungeError for a folder that holds no finished run, or a file that cannot be read or written.
     """
     run = read_run(folder)
-    table = headline({run.name: run.rows})
-    page = render(run, table, folder / "samples.jsonl")
+    made = frontier(run.checkpoints)
+    tables = {"headline": headline({run.name: run.rows}), "full": full(run.rows)}
+    page = render(run, tables["headline"], tables["full"], made, folder / "samples.jsonl")
     if (size := len(page.encode())) > MAX_BYTES:
         raise ExpungeError(f"{folder}: the page would have {size / 1e6:.1f} MB, over {MAX_BYTES / 1e6:.0f}")
-    for name, text in (("table.csv", to_csv(table)), ("table.md", to_markdown(table)), ("report.html", page)):
-        _write(folder / name, text)
+    if made:
+        tables["frontier"] = made.table
+    for name, table in tables.items():
+        for ending, form in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+            write_text(folder / "tables" / f"{name}.{ending}", form(table))
+    write_card(folder / "model", run)
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def render(run: RunFiles, table: Table, samples: Path) -> str:
+def render(run: RunFiles, table: Table, all_figures: Table, made: Frontier | None, samples: Path) -> str:
     """The page as HTML; `samples` is what messages about `run.samples` name."""
     style, script = read_text(HERE / "page.css"), read_text(HERE / "page.js")
     policy = {
@@ -79,11 +85,13 @@ def render(run: RunFiles, table: Table, samples: Path) -> str:
             marks=marks(table, CHALLENGE) | marks(table, FORCED),
             curves=curves(run.training),
             shown=choose(run.samples, samples),
-            full=full(run.rows),
-            facts=list(_flat(run.provenance)),
+            full=all_figures,
+            frontier=made,
+            facts=list(flat(run.provenance)),
             config=clip(run.config, CONFIG),
-            limits={"figures": FIGURES, "facts": FACTS, "length": LENGTH, "veil": VEIL},
+            limits={"figures": FIGURES, "checkpoints": CHECKPOINTS, "facts": FACTS, "length": LENGTH, "veil": VEIL},
             size={"width": WIDTH, "height": HEIGHT, "mark": MARK},
+            frame={"left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM},
         )
     )
 
@@ -105,39 +113,16 @@ def _environment() -> Environment:
 
 def _sentences(table: Table) -> Iterator[Sentence]:
     """The first figure of each metric of the headline."""
-    first = {line.figure.metric: line for line in reversed(table.lines)}
-    for line in dict.fromkeys(first[line.figure.metric] for line in table.lines):
+    first = {line.name: line for line in reversed(table.lines)}
+    for line in dict.fromkeys(first[line.name] for line in table.lines):
         cells = dict(zip(table.headers[1:], line.cells, strict=True))
-        what = f"{line.figure.name[:1].upper()}{line.figure.name[1:]} ({line.figure.detail})"
+        what = f"{line.name[:1].upper()}{line.name[1:]} ({line.detail})"
         measured = {name: cell for name, cell in cells.items() if cell.value is not None}
         if "unlearned" in measured:
             before, ratio = measured.get("reference"), measured.get("ratio")
             yield Sentence(what, before, measured["unlearned"], ratio, cells["n"])
 
 
-def _flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as (dotted path, text); memory in GiB, times in seconds."""
-    for key, value in facts.items():
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
-            yield from _flat(value, name)
-        elif name.endswith("_bytes") and isinstance(value, (int, float)):
-            yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
-        elif name.endswith("seconds") and isinstance(value, (int, float)):
-            yield name, f"{value:,.1f} s"
-        else:
-            yield name, "none" if value is None else clip(str(value), 1000)
-
-
 def _sha256(text: str) -> str:
     """The name that a content security policy has for an inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ExpungeError(f"{path}: cannot write there ({error.strerror})") from None

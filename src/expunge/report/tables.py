@@ -1,14 +1,11 @@
 """Tables of result rows: the headline (one run, or several beside one reference) and the full table of one run.
 
-    table = headline({"repo": read_rows(path_a), "dpo": read_rows(path_b)})
-    print(to_markdown(table))
+    headline({"repo": read_rows(path_a), "dpo": read_rows(path_b)}).rows
 
 A line is a figure: a metric on one dataset, decoded one way, seen by one scorer. Its columns are the roles that rows
 play: the reference, the unlearned model, and paired rows (`METRIC_ratio`; any other is a difference).
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +31,7 @@ class Figure(NamedTuple):
     scorer: str | None
     attack: str | None
     draw: int | None
+    step: int | None
 
     @property
     def name(self) -> str:
@@ -44,7 +42,8 @@ class Figure(NamedTuple):
         k = None if self.k is None else f"k = {self.k}"
         side = None if self.side is None else f"{self.side} side"
         draw = None if self.draw is None else f"draw {self.draw}"
-        parts = (self.attack, draw, self.decode, self.dataset, side, k, self.mode, self.scorer)
+        step = None if self.step is None else f"step {self.step}"
+        parts = (self.attack, draw, step, self.decode, self.dataset, side, k, self.mode, self.scorer)
         return ", ".join(part for part in parts if part)
 
 
@@ -73,18 +72,20 @@ class Cell:
 
 class Line(NamedTuple):
     group: str
-    figure: Figure
+    name: str
+    detail: str
     cells: tuple[Cell, ...]
 
     @property
     def label(self) -> str:
-        return ", ".join(part for part in (self.figure.name, self.figure.detail) if part)
+        return ", ".join(part for part in (self.name, self.detail) if part)
 
 
 @dataclass(frozen=True)
 class Table:
     headers: tuple[str, ...]  # the first is the label's
     lines: tuple[Line, ...]
+    counts: int = 1  # columns at the end that hold whole numbers without an interval
 
     @property
     def rows(self) -> list[list[str]]:
@@ -118,7 +119,7 @@ def headline(runs: Mapping[str, Sequence[Row]]) -> Table:
 
     Raises ExpungeError where the runs were measured against different references.
     """
-    indices = {name: _index(rows) for name, rows in runs.items()}
+    indices = {name: by_figure(rows) for name, rows in runs.items()}
     reference = _shared_reference(indices)
     figures = list(dict.fromkeys(figure for index in indices.values() for figure in index))
     if len(runs) == 1:
@@ -127,50 +128,37 @@ def headline(runs: Mapping[str, Sequence[Row]]) -> Table:
         headers = ("figure", "reference", *(column for name in runs for column in (name, f"{name} / reference")), "n")
     lines = []
     for group, figure in _chosen(figures):
-        cells = [_cell(reference.get(figure))]
+        cells = [cell(reference.get(figure))]
         for index in indices.values():
             roles = index.get(figure, {})
-            cells += [_cell(roles.get("unlearned")), _cell(roles.get("ratio"))]
+            cells += [cell(roles.get("unlearned")), cell(roles.get("ratio"))]
         n = next(row.n for index in indices.values() for row in index.get(figure, {}).values())
-        lines.append(Line(group, figure, (*cells, Cell(n))))
+        lines.append(Line(group, figure.name, figure.detail, (*cells, Cell(n))))
     table = Table(headers, tuple(lines))
     return table if reference else _without_empty(table)
 
 
+def headline_rows(rows: Sequence[Row]) -> list[tuple[Figure, dict[str, Row]]]:
+    """The headline's figures of one run, each with its rows by role."""
+    index = by_figure(rows)
+    return [(figure, index[figure]) for _, figure in _chosen(list(index))]
+
+
 def full(rows: Sequence[Row]) -> Table:
     """Every figure of one run, grouped by metric in the order of the rows."""
-    index = _index(rows)
+    index = by_figure(rows)
     columns = ("reference", "unlearned", "difference", "ratio")
     lines = []
     for metric in dict.fromkeys(figure.metric for figure in index):
         for figure in (figure for figure in index if figure.metric == metric):
             roles = index[figure]
-            cells = [_cell(roles.get(role)) for role in columns]
+            cells = [cell(roles.get(role)) for role in columns]
             n = Cell(next(row.n for row in roles.values()))
-            lines.append(Line(figure.name, figure, (*cells, n)))
+            lines.append(Line(figure.name, figure.name, figure.detail, (*cells, n)))
     return _without_empty(Table(("figure", *columns, "n"), tuple(lines)))
 
 
-def to_markdown(table: Table) -> str:
-    """A pipe table; the label to the left, figures to the right."""
-    rule = [":---", *["---:"] * (len(table.headers) - 1)]
-    lines = [table.headers, rule, *table.rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def to_csv(table: Table) -> str:
-    """Unrounded figures: each column as value, low and high; n alone; empty where nothing was measured."""
-    measured = table.headers[1:-1]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", table.headers[0], *(f"{h}{end}" for h in measured for end in ("", " low", " high")), "n"])
-    for line in table.lines:
-        values = [value for cell in line.cells[:-1] for value in (cell.value, cell.low, cell.high)]
-        writer.writerow([line.group, line.label, *values, line.cells[-1].value])
-    return out.getvalue()
-
-
-def _index(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
+def by_figure(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
     """Rows by figure, then by role; ExpungeError where two rows claim one place."""
     index: dict[Figure, dict[str, Row]] = {}
     for row in rows:
@@ -217,7 +205,8 @@ def _chosen(figures: Sequence[Figure]) -> list[tuple[str, Figure]]:
     return chosen
 
 
-def _cell(row: Row | None) -> Cell:
+def cell(row: Row | None) -> Cell:
+    """A row's value and interval; empty where there is no row."""
     return Cell(float(row.value), row.ci_low, row.ci_high) if row else Cell()
 
 
@@ -234,4 +223,5 @@ def _number(value: float, scale: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     size = abs(scale)
-    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"
+    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no minus before a zero
