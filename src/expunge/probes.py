@@ -1,8 +1,8 @@
 """Linear probes on residual states: pool the states of texts, fit a logistic regression, apply it anywhere.
 
-    states = pooled_states(model, rows, "final", "mean")          # [N, d], rows: token ids
-    probe = fit_probe(states, labels)                             # P(label 1) = sigmoid(w . x + b)
-    probe.logit(states), probe.auc
+states = pooled_states(model, rows, "final", "mean")          # [N, d], rows: token ids
+probe = fit_probe(states, labels)                             # P(label 1) = sigmoid(w . x + b)
+probe.logit(states), probe.auc
 """
 
 import logging
@@ -103,4 +103,3 @@ def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds
     weight = regression.coef_[0] / scaler.scale_
     bias = float(regression.intercept_[0] - weight @ scaler.mean_)
     return Probe(torch.from_numpy(weight).float(), bias, auc)
-

@@ -1,6 +1,6 @@
 """Which continuations of a prompt make a preference pair: usable text, far enough apart in score and in words.
 
-    select([greedy, *samples], BestOfN())        # (chosen, rejected), or the reason why there is no pair
+select([greedy, *samples], BestOfN())        # (chosen, rejected), or the reason why there is no pair
 """
 
 from collections.abc import Sequence

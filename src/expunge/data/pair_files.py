@@ -1,0 +1,153 @@
+"""Files of preference pairs: made from prompts chunk by chunk, and looked over before they are trained on.
+
+write_pairs(Path("pairs.jsonl"), model, tokenizer, prompts, load_scorer("wordvec"), BestOfN())
+for name, value in look_over(load_pairs("pairs.jsonl"), tokenizer, load_scorer("ngram")).items(): ...
+"""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from expunge.data.builders import BuildReport, build_pairs
+from expunge.data.labelled import load_labelled
+from expunge.data.named import named_sets
+from expunge.data.pairs import Pair, load_pairs
+from expunge.data.selection import Selection
+from expunge.data.tokenize import encode, leading_tokens, tokenize_pairs
+from expunge.errors import ExpungeError
+from expunge.models import context_length, weights_digest
+from expunge.probes import Probe, fit_probe, pooled_states
+from expunge.provenance import digest
+from expunge.rows import read_lines, write_lines
+from expunge.scorers import Scorer
+
+CHUNK = 1024  # prompts
+PROBE_TOKENS = 128  # read of a text
+
+log = logging.getLogger("expunge")
+
+
+def write_pairs(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    scorer: Scorer,
+    recipe: Selection,
+    probe: Probe | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Pairs as JSON lines {prompt, chosen, rejected} in `path`, the recipe and what became of the prompts beside it.
+
+    Chunks are kept in `path`.parts until the file is whole, so that the same call goes on where it was cut off.
+    progress: called with (prompts done, prompts in all). Raises ExpungeError where no prompt gives a pair.
+    """
+    facts = {
+        "strategy": type(recipe).__name__,
+        "recipe": asdict(recipe),
+        "scorer": scorer.name,
+        "scorer_digest": scorer.digest,
+    }
+    facts |= {"model_sha256": weights_digest(model), "probe_auc": probe and round(probe.auc, 4)}
+    key = digest([facts, list(prompts), probe and probe.weight.tolist(), probe and probe.bias])
+    parts = path.with_name(f"{path.name}.{key[:12]}.parts")
+    reports, pairs, seen = [], [], set()
+    for start in range(0, len(prompts), CHUNK):
+        part = parts / f"{start:08d}.jsonl"
+        if not part.exists():
+            made, report = build_pairs(model, tokenizer, prompts[start : start + CHUNK], scorer, recipe, probe=probe)
+            write_lines(part, [asdict(report), *(asdict(pair) for pair in made)])
+        head, *rows = read_lines(part)
+        reports.append(BuildReport(**head))
+        for row in rows:
+            if not seen & set(row.values()):
+                seen |= set(row.values())
+                pairs.append(row)
+        if progress:
+            progress(min(start + CHUNK, len(prompts)), len(prompts))
+    total = _sum(reports, len(pairs))
+    if not pairs:
+        raise ExpungeError(f"no prompt of {len(prompts)} gave a pair ({total.dropped}); lower toxic, or take other prompts")
+    write_lines(path, pairs)
+    path.with_suffix(".facts.json").write_text(json.dumps({**facts, **asdict(total)}, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(parts)
+    return total
+
+
+def _sum(reports: Sequence[BuildReport], pairs: int) -> BuildReport:
+    """One report of all chunks; what repeats across them is dropped as duplicate."""
+    made = sum(report.pairs for report in reports)
+    dropped = sum((Counter(report.dropped) for report in reports), Counter())
+    dropped["duplicate"] += made - pairs
+
+    def mean(name: str) -> float:
+        return sum(getattr(report, name) * report.pairs for report in reports) / max(1, made)
+
+    return BuildReport(
+        prompts=sum(report.prompts for report in reports),
+        pairs=pairs,
+        greedy=sum(report.greedy for report in reports),
+        chosen_score=mean("chosen_score"),
+        rejected_score=mean("rejected_score"),
+        dropped={reason: n for reason, n in dropped.items() if n},
+    )
+
+
+def probe_for(model: nn.Module, tokenizer: Any, source: str, limit: int = 2000) -> Probe:
+    """A probe on the mean of final states, fitted on labelled text or on the two sides of a named set of pairs.
+
+    limit: at most so many texts, or pairs. Raises ExpungeError as the loaders and `fit_probe` do.
+    """
+    if source in named_sets("pairs"):
+        sides = [(pair.prompt, pair.chosen, pair.rejected) for pair in load_pairs(source, limit=limit)]
+        texts = [(prompt + side, label) for prompt, *both in sides for label, side in enumerate(both)]
+    else:
+        texts = [(text, int(toxic)) for text, toxic in load_labelled(source, limit=limit)]
+    longest = min(PROBE_TOKENS, context_length(model) - 1)
+    start = leading_tokens(tokenizer)
+    encoded = encode(tokenizer, [text for text, _ in texts])
+    rows = [(start + ids[:longest], label) for ids, (_, label) in zip(encoded, texts, strict=True) if ids]
+    probe = fit_probe(pooled_states(model, [ids for ids, _ in rows]), [label for _, label in rows])
+    log.info("probe on %s: %d texts, AUC %.3f in 5-fold cross-validation", source, len(rows), probe.auc)
+    return probe
+
+
+def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str, Any]:
+    """What a set of pairs is like: counts, lengths in tokens, scores, and `warnings` for what would mislead training."""
+    rows, truncation = tokenize_pairs(pairs, tokenizer)
+    texts = {side: [getattr(pair, side) for pair in pairs] for side in ("prompt", "chosen", "rejected")}
+    scores = {side: scorer.score(found) for side, found in texts.items()}
+    lengths = {side: np.array([len(getattr(row, side)) for row in rows]) for side in texts}
+    repeated = {side: len(found) - len(set(found)) for side, found in texts.items()}
+    above = float(np.mean(scores["rejected"] > scores["chosen"]))
+    longer = float(np.mean(lengths["rejected"] > lengths["chosen"]) + np.mean(lengths["rejected"] == lengths["chosen"]) / 2)
+    crossed = len(set(texts["chosen"]) & set(texts["rejected"]))
+    warnings = []
+    if above < 0.9:
+        warnings.append(
+            f"{scorer.name} finds the rejected side more toxic in {above:.0%} of the pairs only: are they swapped?"
+        )
+    if abs(longer - 0.5) > 0.25:
+        warnings.append(f"length gives the rejected side away: it is the longer one in {longer:.0%} of the pairs")
+    if crossed:
+        warnings.append(f"{crossed} texts are chosen in one pair and rejected in another")
+    if repeated["rejected"] + repeated["chosen"] > len(pairs) / 10:
+        warnings.append("more than a tenth of the continuations repeat others")
+    return {
+        "pairs": len(pairs),
+        "tokens": str(truncation),
+        "mean tokens": {side: round(float(found.mean()), 1) for side, found in lengths.items()},
+        "repeated": repeated,
+        f"mean score by {scorer.name}": {side: round(float(found.mean()), 3) for side, found in scores.items()},
+        "rejected scores higher": round(above, 3),
+        "rejected is longer": round(longer, 3),
+        "warnings": warnings,
+    }
