@@ -5,9 +5,9 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 
 from expunge import cli
 from expunge.errors import ExpungeError
-from expunge.scorers import load_scorer
+from expunge.scorers import load_scorer, perspective_client
 from expunge.scorers.perspective import ALWAYS, ATTRIBUTES, MAX7, PerspectiveScorer
 from expunge.scorers.perspective_client import retry_after
 
@@ -46,7 +46,6 @@ class Server(ThreadingHTTPServer):
         self.plan: list[str] = []
         self.asked: list[dict] = []  # bodies, in order
         self.answered: Counter[str] = Counter()  # texts
-        self.times: list[float] = []
         self.keys: set[str] = set()
         self.headers: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{self.server_port}/v1alpha1/comments:analyze"
@@ -62,7 +61,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.times.append(time.monotonic())
         server.asked.append(body)
         server.keys.add(self.headers["X-Goog-Api-Key"])
         act = server.plan.pop(0) if server.plan else ""
@@ -135,6 +133,19 @@ def scorer(server):
     return make
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Waiting takes no time: `waits` has the seconds, and the client's clock moves on by them alone."""
+    kept = SimpleNamespace(now=0.0, waits=[])
+
+    def sleep(seconds: float) -> None:
+        kept.now += seconds
+        kept.waits += [seconds] if seconds else []
+
+    monkeypatch.setattr(perspective_client, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: kept.now))
+    return kept
+
+
 def truth(texts: list[str], attribute: str = "TOXICITY") -> list[float]:
     return [true_score(text, attribute) if text.strip() else 0.0 for text in texts]
 
@@ -182,7 +193,7 @@ def test_a_rarer_attribute_is_asked_for_alone_where_the_others_are_cached(server
 @pytest.mark.parametrize("act", ["throttled", "broken", "silent", "closed", "cut"])
 def test_what_passes_is_tried_again(server, scorer, act):
     server.plan = [act, act, "", act]
-    assert scorer(timeout=0.1).score(TEXTS).tolist() == truth(TEXTS)
+    assert scorer(timeout=0.4 if act == "silent" else 20).score(TEXTS).tolist() == truth(TEXTS)
     assert len(server.asked) == len(TEXTS) + 3
     assert set(server.answered.values()) == {1}
 
@@ -199,7 +210,7 @@ def test_what_passes_is_tried_again(server, scorer, act):
 def test_what_does_not_pass_is_an_error_and_the_next_call_goes_on(server, scorer, path, act, said):
     server.plan = ["", "", act, act, act]
     with pytest.raises(ExpungeError) as caught:
-        scorer(timeout=0.1).score([*TEXTS, TEXTS[0]])
+        scorer(timeout=0.4 if act == "silent" else 20).score([*TEXTS, TEXTS[0]])
     wanted = f"perspective: text 3: {said}; 2 of 4 texts are in {path}, and the same command goes on from there"
     assert str(caught.value) == wanted
     assert scorer().score(TEXTS).tolist() == truth(TEXTS)
@@ -230,14 +241,14 @@ def test_what_will_not_pass_is_an_error_at_once_and_no_score(server, scorer, pat
     assert scorer().score(TEXTS).tolist() == truth(TEXTS)
 
 
-def test_the_wait_is_the_longer_of_what_is_asked_and_the_back_off(server, scorer):
-    server.plan, server.headers = ["throttled"], {"Retry-After": "1"}
+def test_the_wait_is_the_longer_of_what_is_asked_and_the_back_off(server, scorer, clock):
+    server.plan, server.headers = ["throttled"], {"Retry-After": "100"}
     scorer().score(TEXTS[:1])
-    assert server.times[1] - server.times[0] >= 1
-    server.plan, server.headers, server.times = ["broken", "broken"], {"Retry-After": "0"}, []
-    scorer(backoff=0.1).score(TEXTS[1:2])
-    first, second = np.diff(server.times)
-    assert 0.05 <= first < 0.3 and 0.1 <= second < 0.5
+    assert clock.waits == [100]
+    server.plan, server.headers, clock.waits = ["broken"] * 4, {"Retry-After": "1"}, []
+    scorer(backoff=8, tries=5).score(TEXTS[1:2])
+    assert [4 * 2**i <= wait <= 12 * 2**i for i, wait in enumerate(clock.waits)] == [True] * 4
+    assert len({wait / 2**i for i, wait in enumerate(clock.waits)}) == 4  # with chance, lest all come back at once
 
 
 def test_nobody_waits_for_hours(server, scorer):
@@ -257,12 +268,13 @@ def test_retry_after_a_date():
     assert retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 1e8
 
 
-def test_requests_keep_to_the_rate(server, scorer, monkeypatch):
-    monkeypatch.setenv("PERSPECTIVE_QPS", "20")
+def test_requests_keep_to_the_rate(server, scorer, clock, monkeypatch):
     scorer(rate=None).score(TEXTS)
-    assert min(np.diff(server.times)) >= 0.04 and np.ptp(server.times) >= 0.14
-    monkeypatch.delenv("PERSPECTIVE_QPS")
-    assert scorer(rate=None).rate == 1
+    np.testing.assert_allclose(clock.waits, [1, 1, 1])
+    monkeypatch.setenv("PERSPECTIVE_QPS", "2.5")
+    server.plan, clock.waits = ["broken"], []
+    scorer(rate=None, backoff=0.1).score([text + "!" for text in TEXTS])
+    assert sum(clock.waits) == pytest.approx(4 / 2.5)  # the second try keeps to it too
 
 
 def test_replay_needs_neither_key_nor_network_nor_its_library(server, scorer, path, tmp_path, monkeypatch):
