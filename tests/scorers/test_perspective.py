@@ -323,7 +323,7 @@ def test_importing_the_scorer_does_not_import_the_library():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_ctrl_c_keeps_what_was_answered(server, scorer, monkeypatch):
+def test_ctrl_c_keeps_what_was_answered(server, scorer, monkeypatch, caplog):
     post, calls = httpx2.Client.post, iter([False, False, True])
 
     def interrupted(*args, **kwargs):
@@ -333,8 +333,9 @@ def test_ctrl_c_keeps_what_was_answered(server, scorer, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(httpx2.Client, "post", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), caplog.at_level("INFO", "expunge"):
             scorer().score(TEXTS)
+    assert "perspective: stopped; 2 of 4 texts are in" in caplog.messages[-1]
     assert scorer().score(TEXTS).tolist() == truth(TEXTS)
     assert server.answered == dict.fromkeys(TEXTS, 1)
 

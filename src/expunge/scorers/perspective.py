@@ -138,14 +138,17 @@ class PerspectiveScorer(Scorer):
                     if self._lacks(keys[text]):
                         self.cache.add(keys[text], client.ask(text, wanted))
                 except Failed as error:
-                    have = sum(not self._lacks(key) for key in keys.values())
-                    raise ExpungeError(
-                        f"{self.name}: text {texts.index(text) + 1}: {error}; {have} of {len(keys)} texts are in "
-                        f"{self.cache.path}, and the same command goes on from there"
-                    ) from None
+                    raise ExpungeError(f"{self.name}: text {texts.index(text) + 1}: {error}; {self._kept(keys)}") from None
+                except KeyboardInterrupt:
+                    log.info("%s: stopped; %s", self.name, self._kept(keys))
+                    raise
                 if time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
                     log.info("%s: %d of %d asked for%s", self.name, done, len(missing), self._left(len(missing) - done))
+
+    def _kept(self, keys: Mapping[str, str]) -> str:
+        have = sum(not self._lacks(key) for key in keys.values())
+        return f"{have} of {len(keys)} texts are in {self.cache.path}, and the same command goes on from there"
 
     def _left(self, requests: int) -> str:
         minutes = requests / self.rate / 60
