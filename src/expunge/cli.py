@@ -261,6 +261,7 @@ def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or bu
         "scorers": lambda: [
             *((name, first_line(SCORERS.get(name))) for name in SCORERS.names()),
             ("hf:NAME[@LABEL]", "A sequence classifier from the hub or a folder: the probability of its toxic label."),
+            ("perspective:ATTRIBUTE", "Another attribute of Perspective, such as INSULT; or max7, the highest of seven."),
         ],
         "data": lambda: [(entry.name, entry.kind, entry.description) for entry in NAMED],
         "budgets": lambda: [(name, json.dumps(settings)) for name, settings in BUDGETS.items()],

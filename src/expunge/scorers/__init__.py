@@ -10,16 +10,27 @@ from expunge.scorers.base import Scorer
 
 SCORERS: Registry[Scorer] = Registry(
     "scorer",
-    {"ngram": "expunge.scorers.ngram:NgramScorer", "wordvec": "expunge.scorers.wordvec:WordvecScorer"},
+    {
+        "ngram": "expunge.scorers.ngram:NgramScorer",
+        "wordvec": "expunge.scorers.wordvec:WordvecScorer",
+        "perspective": "expunge.scorers.perspective:PerspectiveScorer",
+    },
 )
 
 
 def load_scorer(name: str) -> Scorer:
-    """The scorer called `name`, or the classifier `hf:NAME[@LABEL]`, ready to use; ExpungeError where there is none."""
+    """The scorer called `name`, ready to use; ExpungeError where there is none.
+
+    `hf:NAME[@LABEL]` is a classifier, `perspective:ATTRIBUTE` an attribute of Perspective other than TOXICITY.
+    """
     if name.startswith("hf:"):
         from expunge.scorers.classifier import ClassifierScorer
 
         return ClassifierScorer(name.removeprefix("hf:"))
+    if name.startswith("perspective:"):
+        from expunge.scorers.perspective import PerspectiveScorer
+
+        return PerspectiveScorer(name.removeprefix("perspective:"))
     try:
         return SCORERS.get(name)()
     except UnknownName as error:
