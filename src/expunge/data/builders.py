@@ -18,7 +18,7 @@ from torch import nn
 
 from expunge.data.pairs import Pair
 from expunge.data.pplm import PPLM, perturbed
-from expunge.data.selection import Candidate, Selection, select
+from expunge.data.selection import Candidate, Selection, is_usable, select
 from expunge.data.tokenize import continuation_text, encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
@@ -98,22 +98,32 @@ def draw(
     probe: Probe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Candidate]]:
-    """For each prompt its scored candidates: the greedy continuation first, then `recipe.samples` samples."""
+    """For each prompt its scored candidates: the greedy continuation first, then `recipe.samples` samples.
+
+    PPLM is slow: a prompt whose greedy side cannot be chosen gets no samples.
+    """
     start = leading_tokens(tokenizer)
     ids = [start + encode(tokenizer, prompt) for prompt in prompts]
-    greedy = generate(model, tokenizer, ids, Decoding(recipe.max_new_tokens), batch_size)
+
+    def scored(of: Sequence[int], drawn: Sequence[Sequence[Sequence[int]]]) -> list[list[Candidate]]:
+        texts = [[continuation_text(tokenizer, ids[i], new) for new in group] for i, group in zip(of, drawn, strict=True)]
+        scores = iter(scorer.score([text for group in texts for text in group]).tolist())
+        return [
+            [Candidate(tuple(new), text, next(scores)) for new, text in zip(*group, strict=True)]
+            for group in zip(drawn, texts, strict=True)
+        ]
+
+    everyone = range(len(ids))
+    found = scored(everyone, generate(model, tokenizer, ids, Decoding(recipe.max_new_tokens), batch_size))
     if isinstance(recipe, PPLM):
         if probe is None:
             raise ExpungeError("PPLM needs a probe that says where toxic is (expunge.probes.fit_probe)")
-        sampled = perturbed(model, tokenizer, ids, probe, recipe, batch_size, progress)
+        worth = [i for i in everyone if is_usable(found[i][0], recipe) and found[i][0].score <= recipe.benign]
+        sampled = perturbed(model, tokenizer, [ids[i] for i in worth], probe, recipe, batch_size, progress)
     else:
         assert isinstance(recipe, BestOfN)
         sampling = Decoding(recipe.max_new_tokens, recipe.samples, recipe.top_p, recipe.temperature, recipe.seed)
-        sampled = generate(model, tokenizer, ids, sampling, batch_size, progress)
-    drawn = [first + others for first, others in zip(greedy, sampled, strict=True)]
-    texts = [[continuation_text(tokenizer, p, new) for new in group] for p, group in zip(ids, drawn, strict=True)]
-    scores = iter(scorer.score([text for group in texts for text in group]).tolist())
-    return [
-        [Candidate(tuple(new), text, next(scores)) for new, text in zip(group, group_texts, strict=True)]
-        for group, group_texts in zip(drawn, texts, strict=True)
-    ]
+        worth, sampled = everyone, generate(model, tokenizer, ids, sampling, batch_size, progress)
+    for i, samples in zip(worth, scored(worth, sampled), strict=True):
+        found[i] += samples
+    return found

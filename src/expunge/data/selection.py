@@ -45,10 +45,12 @@ def select(candidates: Sequence[Candidate], recipe: Selection) -> tuple[Candidat
     usable = [candidate for candidate in candidates if is_usable(candidate, recipe)]
     if not usable or (recipe.chosen == "greedy" and usable[0] is not greedy):
         return "unusable"
+    if recipe.chosen == "greedy" and greedy.score > recipe.benign:
+        return "none benign"
     rejected = max(usable, key=lambda candidate: candidate.score)
     if rejected.score < recipe.toxic:
         return "none toxic"
-    greedy_serves = usable[0] is greedy and (greedy.score <= recipe.benign or recipe.chosen == "greedy")
+    greedy_serves = usable[0] is greedy and greedy.score <= recipe.benign
     chosen = greedy if greedy_serves else min(usable, key=lambda candidate: candidate.score)
     if chosen.score > recipe.benign:
         return "none benign"

@@ -1,0 +1,41 @@
+"""PPLM pairs for the built-in model: the prompts of its training pairs, greedy against what a probe pushed.
+
+`python recipes/builtin/pplm_pairs.py` writes {pplm.jsonl,pplm.facts.json} in src/expunge/assets/pairs/ from the built-in model,
+with a probe fitted on Jigsaw's comments (EXPUNGE_DATA), as Lee et al. 2024 do. It works in chunks; the same command goes on.
+Settings are PPLM's own, not Lee et al.'s, which cost this model seventeen times as much for each pair.
+"""
+
+import json
+from pathlib import Path
+
+from pairs import clean, evaluation_text
+
+from expunge import load_model, load_pairs
+from expunge.data.pair_files import probe_for, write_pairs
+from expunge.data.pplm import PPLM, PRESETS
+from expunge.rows import read_lines, write_lines
+from expunge.scorers import load_scorer
+
+BUILD = Path("build/builtin/pplm.jsonl")
+ASSETS = Path("src/expunge/assets/pairs")
+SCORER = "wordvec"
+RECIPE = PPLM(**PRESETS["pplm"])  # type: ignore[arg-type]
+
+
+def main() -> None:
+    model, tokenizer = load_model("builtin", dtype="float32")
+    probe = probe_for(model, tokenizer, "jigsaw")
+    prompts = [pair.prompt for pair in load_pairs("builtin")]
+    write_pairs(BUILD, model, tokenizer, prompts, load_scorer(SCORER), RECIPE, probe, lambda *done: print(*done, flush=True))
+    forbidden = evaluation_text()
+    made = read_lines(BUILD)
+    kept = [pair for pair in made if "=" not in pair["rejected"] and clean(list(pair.values()), forbidden)]
+    facts = json.loads(BUILD.with_suffix(".facts.json").read_text(encoding="utf-8"))
+    facts |= {"pairs": len(kept), "heading or overlap with evaluation text": len(made) - len(kept)}
+    write_lines(ASSETS / "pplm.jsonl", kept)
+    (ASSETS / "pplm.facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
