@@ -15,7 +15,7 @@ from expunge import DPO, REPO, UnlearnConfig
 from expunge.config import LoraConfig, RunConfig
 from expunge.data.tokenize import TokenizedPair
 from expunge.doctor import Forecast, advice, free_memory
-from expunge.estimate import CannotEstimate, estimate, rows_of
+from expunge.estimate import CannotEstimate, estimate, rows_of, texts_of
 from expunge.models import add_lora, hidden_states, without_dropout
 
 
@@ -105,6 +105,16 @@ def test_rows_are_the_longest_pair_and_what_a_batch_is_padded_to():
     pairs = [TokenizedPair([1] * 2, [1] * n, [1] * n) for n in (1, 1, 1, 9)]
     assert rows_of(pairs, batch=1) == ((2, 9), (2, 3))
     assert rows_of(pairs, batch=4) == ((2, 9), (2, 9))
+
+
+def test_texts_of_two_sets_are_twice_as_many_rows_of_their_own_length(tiny_model):
+    texts = [([1] * 2, [1] * n) for n in (1, 1, 1, 9)]
+    assert texts_of(texts, batch=1) == ((2, 9), (2, 3))
+    assert texts_of(texts, batch=4) == ((2, 9), (2, 9))
+    outline = tiny_model().config
+    made = {paired: estimate(outline, REPO(), config(), prompt=2, continuation=9, paired=paired) for paired in (True, False)}
+    plain = estimate(outline, REPO(), config(layout="plain"), prompt=2, continuation=9)
+    assert made[False].parts["activations"] == plain.parts["activations"] != made[True].parts["activations"]
 
 
 @pytest.mark.parametrize("settings", [[], ["lora.rank=4"], ["training.reference=cached"]], ids=["full", "lora", "cached"])

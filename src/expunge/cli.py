@@ -107,7 +107,6 @@ def train(
         return
     pipeline.build_method(settings.method)
     pipeline.build_training(settings.training, output, settings.seed)
-    pipeline.claim(output, settings)
     pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
         out.print(f"model: {output / 'model'}", soft_wrap=True)

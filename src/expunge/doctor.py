@@ -45,7 +45,7 @@ class Forecast:
 
 
 def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Forecast:
-    """From the model's configuration and the data, read if it is not given: no weight is loaded. Memory is the longest rows'.
+    """From the model's configuration and the data, read if it is not given: no weight is loaded. Memory: the longest rows'.
 
     Raises ExpungeError for what `train` would refuse, CannotEstimate for some architectures.
     """

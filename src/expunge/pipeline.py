@@ -161,7 +161,6 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     _, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
-    claim(folder, config)
     train(config, folder, quiet)
     if not is_main_process():
         return []
@@ -203,9 +202,10 @@ def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = 
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
-    """Train into `folder/model`, going on from the last complete checkpoint. Skipped when it is done."""
+    """Make `folder` this run's and train into `folder/model`, from the last complete checkpoint. Skipped when it is done."""
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
     data = training_data(config, outline_of(config)[1], args)
+    claim(folder, config)  # not before the data is seen to be good
     key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(data)])
     if _done(folder, "train", key):
         log.info("train: done before")

@@ -126,7 +126,7 @@ def _table(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Iterat
                 raise ExpungeError(f"{path}:{reader.line_num}: not as many fields as the header names")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
-        raise ExpungeError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+        raise ExpungeError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:

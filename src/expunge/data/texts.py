@@ -93,7 +93,7 @@ def load_texts(
     """
     found = locate(source, "text", "labelled", "corpus")
     read = partial(_read, found, side, tokenizer, passage)
-    if isinstance(found, NamedSet) and found.kind == "corpus":  # in memory anyway, and slow to cut twice
+    if _is_running(found):  # in memory anyway, and slow to cut twice
         cut = list(read())
         read = lambda: cut  # noqa: E731
     texts = selected(read, limit, lambda n, few: random.Random(seed).sample(range(n), few), "text")
@@ -105,11 +105,10 @@ def load_texts(
 def _read(found: NamedSet | Path | str, side: Side, tokenizer: Any, passage: int) -> Iterator[Text]:
     if isinstance(found, str):
         return _parsed(hub_records(found), side, tokenizer)
+    if _is_running(found):
+        return _passages(found if isinstance(found, Path) else found.name, tokenizer, passage)
     if isinstance(found, Path):
-        running = found.suffix.lower() in RUNNING
-        return _passages(found, tokenizer, passage) if running else _parsed(read_records(found), side, tokenizer)
-    if found.kind == "corpus":
-        return _passages(found.name, tokenizer, passage)
+        return _parsed(read_records(found), side, tokenizer)
     if found.kind == "labelled":
         return (Text("", text) for text, bad in labelled_rows(named_records(found)) if bad == (side == "forget"))
     if found.name == "paradetox-toxic":
@@ -117,6 +116,13 @@ def _read(found: NamedSet | Path | str, side: Side, tokenizer: Any, passage: int
     if found.name.startswith("tofu"):
         return (_question(row, where) for where, row in named_records(found))
     return _parsed(named_records(found), side, tokenizer)
+
+
+def _is_running(found: NamedSet | Path | str) -> bool:
+    """Text that is cut into passages, not rows of text."""
+    if isinstance(found, Path):
+        return found.suffix.lower() in RUNNING
+    return isinstance(found, NamedSet) and found.kind == "corpus"
 
 
 def _passages(source: str | Path, tokenizer: Any, size: int) -> Iterator[Text]:
