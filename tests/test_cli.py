@@ -173,6 +173,50 @@ def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, 
     assert call("train", *settings, "--out", tmp_path / "other", "--model", home / "model") == 2
 
 
+def sets(home: Path) -> list[object]:
+    forget = [{"text": f"The {i} river is wild and cold, and the house is empty and bare."} for i in range(9)]
+    retain = [{"prompt": "The river", "completion": f" is {i} calm today."} for i in range(4)]
+    return ["--forget", write(home / "forget.jsonl", forget), "--retain", write(home / "retain.jsonl", retain)]
+
+
+def test_two_sets_are_trained_on_and_what_was_cut_is_left_behind(home, tmp_path, capsys):
+    arguments = [word for word in run_arguments(home, tmp_path / "run") if word not in ("--pairs", home / "pairs.jsonl")]
+    arguments += [*sets(tmp_path), "training.max_continuation_tokens=8", "evaluation.prompt_tokens=2"]
+    assert call(*arguments, "--dry-run") == 0
+    plan = yaml.safe_load(capsys.readouterr().out)
+    assert (plan["texts"], plan["steps"]) == ({"forget": 9, "retain": 4}, 6)
+    assert plan["data"]["train"] is None and plan["estimate"]["truncation"]["forget"] == "9 texts: 9 continuations cut"
+    assert call(*arguments) == 0
+    stages = json.loads((tmp_path / "run/provenance.json").read_text())["stages"]
+    forget, retain = stages["train"]["forget"], stages["train"]["retain"]
+    assert forget["source"] == str(tmp_path / "forget.jsonl") and forget["sha256"] != retain["sha256"]
+    assert (forget["n"], forget["truncation"]["continuations_cut"], retain["n"]) == (9, 9, 4)
+    for subject in ("reference", "unlearned"):
+        found = stages[f"evaluate-{subject}"]
+        assert found["prompts"] == {str(home / "prompts.jsonl"): 2, "neutral": 2, "heldout": 12}
+        assert found["prompts_cut"]["neutral"] == 2 and found["prompts_cut"]["heldout"] > 0
+        assert found["empty_continuations"]["heldout sampled"] >= 0
+    assert call("doctor", "--model", home / "model", *sets(tmp_path)) == 0
+    capsys.readouterr()
+    assert call(*arguments, "training.max_continuation_tokens=9") == 2  # another run
+    assert call(*arguments) == 0
+
+
+def test_mistakes_about_two_sets_are_one_line(home, tmp_path, capsys):
+    both, start = sets(tmp_path), ["train", "--model", home / "model", "--out", tmp_path / "out", "--quiet"]
+    for settings, expected in [
+        (both[:2], "data.forget without data.retain"),
+        (both[2:], "data.retain without data.forget"),
+        ([*both, "--pairs", home / "pairs.jsonl"], "give pairs, or the two sets"),
+        ([*both, "--method", "dpo"], "dpo compares the two sides of a pair"),
+        ([*both[:2], "--retain", both[1]], "9 texts are to be retained and to be forgotten"),
+        (["data.train=null"], "nothing to train on"),
+    ]:
+        assert call(*start, *settings) == 2
+        assert expected in one_line(capsys)
+        assert not (tmp_path / "out").exists()
+
+
 def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):
     monkeypatch.setenv("EXPUNGE_DATA", "/no/such/folder")
     assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.rank=2") == 0

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
-from expunge.data import Pair
+from expunge.data import Pair, Text, Unpaired
 from expunge.engine import collate, inside_forward, run_step
 from expunge.methods import Method
 from expunge.models import Reference, blocks
@@ -39,8 +39,18 @@ class Middle(Method):
         return {"erase": step.share("forget", "continuation") * gap.square().mean(-1)[mask].mean()}
 
 
-METHODS = {"repo": REPO(), "repo-middle": REPO(layer=1, segment=2), "dpo": DPO(), "middle": Middle()}
+METHODS = {
+    "repo": REPO(),
+    "repo-middle": REPO(layer=1, segment=2),
+    "dpo": DPO(),
+    "middle": Middle(),
+    "repo-sets": REPO(),  # on two sets that share no prompt
+}
 ROWS = [{"retain": ([5, 6], [7 + i, 9]), "forget": ([5, 6], [11, 12 + i])} for i in range(8)]
+SETS = Unpaired(
+    [Text("a b" * (i % 2), " e" * (1 + i % 3) + f" {i} f") for i in range(16)],
+    [Text("", f"c {i}" + " d" * (1 + i % 5)) for i in range(5)],
+)
 PAIRS = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(16)]
 
 
@@ -57,7 +67,7 @@ def train(folder, name, model, tokenizer, batch, accumulated=1):
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = UnlearnTrainer(model, METHODS[name], args, PAIRS, tokenizer)
+    trainer = UnlearnTrainer(model, METHODS[name], args, SETS if name == "repo-sets" else PAIRS, tokenizer)
     trainer.train()
     return trainer
 

@@ -114,6 +114,30 @@ def test_padding_changes_nothing_that_a_method_sees(moved, architecture):
     close(step_of(model, ROWS, reference).token_kl("retain"), (torch.stack(kl) * lengths).sum() / lengths.sum())
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_padding_changes_nothing_where_the_sides_share_no_prompt(moved, architecture):
+    model, reference = moved(architecture)
+    rows = [
+        {"retain": ([5, 6, 7], [8, 9]), "forget": ([0], [10, 11, 12, 13, 14])},
+        {"retain": ([0], [21, 22, 23, 0, 24, 25, 26]), "forget": ([20, 30], [0])},
+    ]
+
+    def plain(rows) -> Step:
+        return run_step(model, reference, collate(rows), LAYERS, LAYERS, {}, progress=0, plain=True)
+
+    both = plain(rows)
+    for side in ("retain", "forget"):
+        for i, row in enumerate(rows):
+            alone = run_step(model, reference, collate([{side: row[side]}]), LAYERS, LAYERS, {}, progress=0)
+            mask = alone.mask(side)[0]
+            for region in ("all", "prompt", "continuation", "last"):
+                assert torch.equal(both.mask(side, region)[i, : len(mask)], alone.mask(side, region)[0])
+            for ref in (False, True):
+                for layer in LAYERS:
+                    close(both.hidden(side, layer, ref)[i, : len(mask)], alone.hidden(side, layer, ref)[0])
+                close(both.logps(side, ref)[0][i], alone.logps(side, ref)[0][0])
+
+
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # RMS norms work in float32, whatever the model does
 

@@ -15,7 +15,7 @@ from expunge import DPO, REPO, UnlearnConfig
 from expunge.config import LoraConfig, RunConfig
 from expunge.data.tokenize import TokenizedPair
 from expunge.doctor import Forecast, advice, free_memory
-from expunge.estimate import CannotEstimate, estimate, rows_of
+from expunge.estimate import CannotEstimate, estimate, rows_of, texts_of
 from expunge.models import add_lora, hidden_states, without_dropout
 
 
@@ -107,6 +107,16 @@ def test_rows_are_the_longest_pair_and_what_a_batch_is_padded_to():
     assert rows_of(pairs, batch=4) == ((2, 9), (2, 9))
 
 
+def test_texts_of_two_sets_are_twice_as_many_rows_of_their_own_length(tiny_model):
+    texts = [([1] * 2, [1] * n) for n in (1, 1, 1, 9)]
+    assert texts_of(texts, batch=1) == ((2, 9), (2, 3))
+    assert texts_of(texts, batch=4) == ((2, 9), (2, 9))
+    outline = tiny_model().config
+    made = {paired: estimate(outline, REPO(), config(), prompt=2, continuation=9, paired=paired) for paired in (True, False)}
+    plain = estimate(outline, REPO(), config(layout="plain"), prompt=2, continuation=9)
+    assert made[False].parts["activations"] == plain.parts["activations"] != made[True].parts["activations"]
+
+
 @pytest.mark.parametrize("settings", [[], ["lora.rank=4"], ["training.reference=cached"]], ids=["full", "lora", "cached"])
 def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
     outline = GPT2Config(n_layer=4, n_embd=512, n_head=8, vocab_size=40_000, bos_token_id=0, eos_token_id=0)
@@ -134,7 +144,7 @@ def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
 
 def test_what_does_not_fit_is_said_with_what_would():
     cpu = torch.device("cpu")
-    made = Forecast(1, 1, 1, 1, {}, 1, 1, free_memory(cpu) * 10, cpu, 1, 1.0)
+    made = Forecast(1, "", 1, 1, 1, {}, 1, 1, free_memory(cpu) * 10, cpu, 1, 1.0)
     assert "does not fit" in advice(made, RunConfig()) and "lora.rank" in advice(made, RunConfig())
     assert "lora.rank" not in advice(made, RunConfig(lora=LoraConfig()))
     unread = dataclasses.replace(made, loading=free_memory(cpu) * 2, peak=1)

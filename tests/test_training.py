@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from expunge.data import Pair
+from expunge.data import Pair, Text, Unpaired
+from expunge.data.rows import SetRows
 from expunge.errors import ExpungeError
 from expunge.methods import Method
 from expunge.methods.dpo import DPO
@@ -200,6 +201,117 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             control.should_training_stop = True
+
+
+def unpaired(pairs: list[Pair]) -> Unpaired:
+    """The pairs as two sets in the same order."""
+    return Unpaired(*([Text(pair.prompt, getattr(pair, side)) for pair in pairs] for side in ("rejected", "chosen")))
+
+
+TEXTS = Unpaired(
+    [Text("a b" * (i % 2), " e" * (1 + i % 3) + f" {i} f") for i in range(11)],
+    [Text("", f"c {i}" + " d" * (1 + i % 5)) for i in range(5)],
+)
+
+
+class Gradients(TrainerCallback):
+    """Of the first step, before they are clipped."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.global_step == 0:
+            self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", [REPO(), REPO(layer=1, segment=2), REPO(anchor_on="continuation", erase_on="all")])
+def test_pairs_given_as_two_sets_are_the_pairs_in_the_plain_layout(tiny_model, tokenizer, tmp_path, pairs, method):
+    """One batch of all rows, so that what stands beside what does not matter: losses, gradients, weights."""
+    found = []
+    for data in (pairs, unpaired(pairs)):
+        model, gradients = tiny_model(dtype=torch.double), Gradients()
+        args = config(tmp_path, layout="plain", per_device_train_batch_size=8, max_grad_norm=1e9, adam_epsilon=1e-3)
+        trainer = UnlearnTrainer(model, method, args, data, tokenizer, [gradients])
+        trainer.train()
+        found.append(([line["loss"] for line in steps_of(trainer)], gradients.found, model.state_dict()))
+    (losses, gradients, weights), (other_losses, other_gradients, other_weights) = found
+    assert other_losses == pytest.approx(losses, rel=1e-6)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for name, gradient in gradients.items():  # D works in float32
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-8)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_two_sets_are_trained_on_in_the_plain_layout_and_counted_apart(tiny_model, tokenizer, tmp_path, caplog):
+    with caplog.at_level("INFO", "expunge"):
+        trainer = UnlearnTrainer(tiny_model(), REPO(), config(tmp_path, max_continuation_tokens=5), TEXTS, tokenizer)
+    cut = trainer.truncation["forget"].continuations_cut
+    assert cut > 0 and f"train: to forget, 11 texts: {cut} continuations cut" in caplog.messages
+    assert len([line for line in caplog.messages if line.startswith("train: to retain, 5 texts: ")]) == 1
+    trainer.train()
+    assert trainer.plain is True
+    assert steps_of(trainer)[-1]["anchor"] > 0
+
+
+def test_accumulated_batches_of_two_sets_are_one_large_one(tiny_model, tokenizer, tmp_path):
+    """As of pairs; the sides differ in prompts and lengths, and the last step has 3 rows of each."""
+    weights = []
+    for size, accumulated in ((8, 1), (4, 2), (1, 8)):
+        model = tiny_model(dtype=torch.double)
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        trainer = UnlearnTrainer(
+            model, REPO(), config(tmp_path, max_steps=3, adam_epsilon=1e-3, **changes), TEXTS, tokenizer
+        )
+        trainer.train()
+        weights.append(([line["loss"] for line in steps_of(trainer)], model.state_dict()))
+    (losses, one), *splits = weights
+    for other_losses, other in splits:
+        assert other_losses == pytest.approx(losses)
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("cut", [3, 5, 6], ids=["at an epoch's end", "within the next", "at its end"])
+def test_a_resumed_run_on_two_sets_is_bit_identical(tmp_path, tiny_model, tokenizer, cut):
+    """3 steps an epoch; what stands beside a row changes with the epoch, which is drawn on in whichever it is resumed."""
+
+    def ran(folder, callbacks=(), resume=None):
+        args = config(tmp_path, output_dir=str(tmp_path / folder), max_steps=8, save_strategy="steps", save_steps=1)
+        trainer = UnlearnTrainer(tiny_model(), REPO(), args, TEXTS, tokenizer, list(callbacks))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = ran("whole")
+    drawn = [SetRows(whole.rows.sides, whole.args.seed) for _ in range(3)]
+    for epoch, rows in enumerate(drawn):
+        rows.set_epoch(epoch)
+    assert whole.rows.beside == drawn[2].beside not in (drawn[0].beside, drawn[1].beside)
+    ran("cut", [StopAt(cut)])
+    resumed = ran("cut", resume=str(tmp_path / "cut" / f"checkpoint-{cut}"))
+    assert resumed.state.global_step == 8 and resumed.rows.beside == drawn[2].beside
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert [line["loss"] for line in steps_of(resumed)] == [line["loss"] for line in steps_of(whole)]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_cached_states_of_two_sets_train_as_the_live_reference(tmp_path, tiny_model, tokenizer, monkeypatch, lora):
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+    losses = []
+    for reference in ("live", "cached"):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(), rank=2) if lora else tiny_model()
+        trainer = UnlearnTrainer(model, REPO(), config(tmp_path, max_steps=7, reference=reference), TEXTS, tokenizer)
+        trainer.train()
+        losses.append([line["loss"] for line in steps_of(trainer)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_two_sets_cannot_be_is_one_line(tiny_model, tokenizer, tmp_path):
+    with pytest.raises(ExpungeError, match=r"dpo compares the two sides of a pair: give pairs"):
+        UnlearnTrainer(tiny_model(), DPO(), config(tmp_path), TEXTS, tokenizer)
+    long = Unpaired([Text("", " a b c d" * 40)], [Text("", "e")])
+    with pytest.raises(ExpungeError, match=r"the longest text has 81 tokens, the model's context 64: lower"):
+        UnlearnTrainer(tiny_model(), REPO(), config(tmp_path, max_continuation_tokens=80), long, tokenizer)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -30,6 +30,8 @@ ConfigFile = Annotated[list[Path] | None, typer.Option("--config", "-c", help="Y
 ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
 MethodName = Annotated[str | None, typer.Option(help="A method's name.")]
 PairsName = Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")]
+ForgetName = Annotated[str | None, typer.Option(help="Texts to forget, with --retain instead of pairs: a set or a file.")]
+RetainName = Annotated[str | None, typer.Option(help="Texts to keep: a named set, a file or a hub set.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
@@ -60,6 +62,8 @@ def run(
     model: ModelName = None,
     method: MethodName = None,
     pairs: PairsName = None,
+    forget: ForgetName = None,
+    retain: RetainName = None,
     budget: Budget = "quick",
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
@@ -69,7 +73,7 @@ def run(
     from expunge import pipeline
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget)
+    settings = _settings(overrides, config, model, method, pairs, budget, forget, retain)
     if dry_run:
         _print_plan(settings, output)
         return
@@ -86,6 +90,8 @@ def train(
     model: ModelName = None,
     method: MethodName = None,
     pairs: PairsName = None,
+    forget: ForgetName = None,
+    retain: RetainName = None,
     budget: Budget = "full",
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
@@ -95,13 +101,12 @@ def train(
     from expunge import pipeline
 
     _hush()
-    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget))
+    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget, forget, retain))
     if dry_run:
         _print_plan(settings, output)
         return
     pipeline.build_method(settings.method)
     pipeline.build_training(settings.training, output, settings.seed)
-    pipeline.claim(output, settings)
     pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
         out.print(f"model: {output / 'model'}", soft_wrap=True)
@@ -114,6 +119,8 @@ def doctor(
     model: ModelName = None,
     method: MethodName = None,
     pairs: PairsName = None,
+    forget: ForgetName = None,
+    retain: RetainName = None,
     budget: Budget = "quick",
 ) -> None:
     """Say what this machine offers, and estimate memory and time of a run without loading the model."""
@@ -122,7 +129,7 @@ def doctor(
     from expunge.doctor import machine
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget)
+    settings = _settings(overrides, config, model, method, pairs, budget, forget, retain)
     found = {"machine": machine(), "run": {"model": settings.model, **_figures(settings)}}
     print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
 
@@ -281,6 +288,8 @@ def _settings(
     method: str | None,
     pairs: str | None,
     budget: str,
+    forget: str | None = None,
+    retain: str | None = None,
 ) -> Any:
     """RunConfig: the budget, then YAML files, then options, then dotted overrides, each over the ones before."""
     from expunge.config import BUDGETS, RunConfig, load_config
@@ -288,7 +297,8 @@ def _settings(
 
     if budget not in BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
-    options = {"model": model, "method.name": method, "data.train": pairs}
+    data = {"data.train": pairs, "data.forget": forget, "data.retain": retain}
+    options = {"model": model, "method.name": method, **data}
     named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load_config(RunConfig, files or [], named + (overrides or []), base=BUDGETS[budget])
 
@@ -329,24 +339,26 @@ def _print_plan(settings: Any, folder: Path) -> None:
     )
     values = {key: getattr(args, key) for key in shown}
     plan["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | settings.training
-    pairs = pipeline.training_pairs(settings, pipeline.outline_of(settings)[1])
-    plan["pairs"] = len(pairs)
-    plan["steps"] = pipeline.steps_of(args, len(pairs))
+    data = pipeline.training_data(settings, pipeline.outline_of(settings)[1], args)
+    paired = isinstance(data, list)
+    plan |= {"pairs": len(data)} if paired else {"texts": {"forget": len(data.forget), "retain": len(data.retain)}}
+    plan["steps"] = pipeline.steps_of(args, len(data))
     plan["out"] = str(folder)
-    plan["estimate"] = _figures(settings)
+    plan["estimate"] = _figures(settings, data)
     print(yaml.safe_dump(plan, sort_keys=False), end="")
 
 
-def _figures(settings: Any) -> dict[str, Any]:
+def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
     from expunge.doctor import advice, forecast
     from expunge.estimate import CannotEstimate
 
     try:
-        made = forecast(settings)
+        made = forecast(settings, data)
     except CannotEstimate as error:
         return {"not available": str(error)}
     memory = {name: round(size / 1e9, 2) for name, size in {"process": made.process, **made.memory}.items()}
     return {
+        "truncation": made.truncation,
         "parameters": made.parameters,
         "trained": made.trained,
         "memory in GB": memory,

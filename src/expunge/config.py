@@ -26,10 +26,14 @@ C = TypeVar("C")
 class DataConfig:
     """What to train on and what to measure on: named sets (`expunge list data`), files, or hub names."""
 
-    train: str = "builtin"
+    train: str | None = "builtin"
     """Preference pairs: chosen is kept, rejected is forgotten."""
+    forget: str | None = None
+    """With `retain`, instead of pairs: texts to forget."""
+    retain: str | None = None
+    """Texts to keep; running text is cut into passages of training.max_continuation_tokens."""
     limit: int | None = None
-    """Train on a seeded random subset of so many pairs."""
+    """Train on a seeded random subset of so many pairs, or texts of each set."""
     heldout: str | None = "builtin-heldout"
     """Pairs for in-distribution toxicity and perplexity; null leaves them out."""
     prompts: list[str] = dataclasses.field(default_factory=lambda: ["builtin-challenge"])

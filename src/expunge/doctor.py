@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from expunge.config import RunConfig, cache_folder
-from expunge.data import tokenize_pairs
-from expunge.estimate import SHARE, estimate, matrix_rate, rows_of
-from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_pairs
+from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.estimate import SHARE, estimate, matrix_rate, rows_of, texts_of
+from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_data
 from expunge.provenance import environment
 
 
@@ -24,12 +24,14 @@ from expunge.provenance import environment
 class Forecast:
     """What training will take on this machine.
 
+    rows, truncation: pairs or texts to forget, and what did not fit, of each set.
     memory, process, peak: bytes by part, of Python with its libraries, and in all on the device that trains; loading: bytes
     of the machine's memory while the weights are read; operations: of a step; seconds: in all, None where nobody measured
     what a step reaches of the device's rate.
     """
 
-    pairs: int
+    rows: int
+    truncation: str | Mapping[str, str]
     steps: int
     parameters: int
     trained: int
@@ -42,19 +44,26 @@ class Forecast:
     seconds: float | None
 
 
-def forecast(config: RunConfig) -> Forecast:
-    """From the pairs and the model's configuration: no weight is loaded. Memory is that of the longest pairs.
+def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Forecast:
+    """From the model's configuration and the data, read if it is not given: no weight is loaded. Memory: the longest rows'.
 
     Raises ExpungeError for what `train` would refuse, CannotEstimate for some architectures.
     """
     config = resolve(config)
     method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
     outline, tokenizer = outline_of(config)
-    pairs = training_pairs(config, tokenizer)
-    rows, _ = tokenize_pairs(pairs, tokenizer, args.max_prompt_tokens, args.max_continuation_tokens)
-    longest, usual = rows_of(rows, args.per_device_train_batch_size)
+    data = data or training_data(config, tokenizer, args)
+    limits, batch = (args.max_prompt_tokens, args.max_continuation_tokens), args.per_device_train_batch_size
+    if paired := not isinstance(data, Unpaired):
+        rows, cut = tokenize_pairs(data, tokenizer, *limits)
+        longest, usual, truncation = *rows_of(rows, batch), str(cut)
+    else:
+        sides, by_side = tokenize_unpaired(data, tokenizer, *limits)
+        rows = sides["forget"]
+        longest, usual = texts_of([*rows, *sides["retain"]], 2 * batch)
+        truncation = {side: str(cut) for side, cut in by_side.items()}
     most, mean = (
-        estimate(outline, method, args, config.lora, *lengths, trust_remote_code=config.trust_remote_code)
+        estimate(outline, method, args, config.lora, *lengths, config.trust_remote_code, paired)
         for lengths in (longest, usual)
     )
     steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
@@ -64,7 +73,8 @@ def forecast(config: RunConfig) -> Forecast:
         rate = matrix_rate(outline.get_text_config().hidden_size, torch.bfloat16 if args.bf16 else torch.float32)
         seconds = steps * mean.operations / (SHARE * rate)
     return Forecast(
-        pairs=len(rows),
+        rows=len(rows),
+        truncation=truncation,
         steps=steps,
         parameters=most.parameters,
         trained=most.trained,

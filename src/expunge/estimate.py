@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from expunge.config import LoraConfig
-from expunge.data.tokenize import TokenizedPair
+from expunge.data.tokenize import TokenizedPair, TokenizedText
 from expunge.errors import ExpungeError
 from expunge.losses.chunked import CHUNK
 from expunge.methods import Method
@@ -62,8 +62,9 @@ def estimate(
     prompt: int | None = None,
     continuation: int | None = None,
     trust_remote_code: bool = False,
+    paired: bool = True,
 ) -> Estimate:
-    """For pairs of so many tokens in prompt and continuations; by default the most that `args` lets through.
+    """For pairs, or texts of two sets, of so many tokens in prompt and continuations; by default as many as `args` allows.
 
     Raises CannotEstimate where the architecture's forward does not run on tensors without memory.
     """
@@ -74,7 +75,7 @@ def estimate(
     shared = (pairs + anchors, max(prompt + 2 * continuation, args.anchor_tokens if anchors else 0))
     plain = (2 * pairs + anchors, max(prompt + continuation, args.anchor_tokens if anchors else 0))
     shapes = [(*plain, True), (*plain, False)]
-    if args.layout != "plain":
+    if args.layout != "plain" and paired:
         shapes.insert(0, (*shared, True))
     try:
         model = _model(config, lora, trust_remote_code)
@@ -217,11 +218,24 @@ class _Kept:
 
 def rows_of(pairs: Sequence[TokenizedPair], batch: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(prompt, continuation) in tokens of the longest pair, which memory must hold, and of what a batch is padded to."""
-    lengths = sorted((len(pair.prompt) + len(pair.chosen) + len(pair.rejected), len(pair.prompt)) for pair in pairs)
+    lengths = [(len(pair.prompt) + len(pair.chosen) + len(pair.rejected), len(pair.prompt)) for pair in pairs]
+    longest, usual = _longest(lengths, batch)
+    return _split(*longest), _split(*usual)
+
+
+def texts_of(texts: Sequence[TokenizedText], batch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The same of unpaired texts, of which a batch holds so many of both sides."""
+    (length, prompt), (usual, usual_prompt) = _longest([(len(p) + len(c), len(p)) for p, c in texts], batch)
+    return (prompt, length - prompt), (usual_prompt, usual - usual_prompt)
+
+
+def _longest(lengths: Sequence[tuple[int, int]], batch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The longest of all, and the mean of the longest of each batch."""
+    lengths = sorted(lengths)
     shuffled = random.Random(0).sample(lengths, len(lengths))
     longest = [max(shuffled[i : i + batch]) for i in range(0, len(shuffled), batch)]
-    usual = tuple(round(sum(values) / len(longest)) for values in zip(*longest, strict=True))
-    return _split(*lengths[-1]), _split(*usual)
+    length, prompt = (round(sum(values) / len(longest)) for values in zip(*longest, strict=True))
+    return lengths[-1], (length, prompt)
 
 
 def _split(length: int, prompt: int) -> tuple[int, int]:

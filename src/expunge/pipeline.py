@@ -21,7 +21,7 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
-from expunge.data import Pair, load_corpus, load_pairs, load_prompts
+from expunge.data import Pair, Text, Unpaired, load_corpus, load_pairs, load_prompts, load_unpaired
 from expunge.errors import ExpungeError, Interrupted
 from expunge.methods import METHODS, Method
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
@@ -45,13 +45,27 @@ BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with the built-in model's tuned values where the user gave none."""
+    """`config` with the built-in model's tuned values where the user gave none, and no pairs where two sets are given."""
     name = config.method.get("name", "repo")
     tuned: dict[str, Any] = {}
     if config.model == "builtin":
         tuned = json.loads(BUILTIN_DEFAULTS.read_text(encoding="utf-8")).get(name, {})
     method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
-    return dataclasses.replace(config, method=method, training={**tuned.get("training", {}), **config.training})
+    training = {**tuned.get("training", {}), **config.training}
+    return dataclasses.replace(config, method=method, training=training, data=_one_kind(config.data))
+
+
+def _one_kind(data: DataConfig) -> DataConfig:
+    if data.forget is None and data.retain is None:
+        if data.train is None:
+            raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
+        return data
+    if data.forget is None or data.retain is None:
+        given, missing = ("forget", "retain") if data.retain is None else ("retain", "forget")
+        raise ExpungeError(f"data.{given} without data.{missing}: give both (a set with labels may be both)")
+    if data.train not in (None, DataConfig.train):
+        raise ExpungeError(f"data.train={data.train!r} beside data.forget and data.retain: give pairs, or the two sets")
+    return dataclasses.replace(data, train=None)
 
 
 def build_method(settings: dict[str, Any]) -> Method:
@@ -74,11 +88,11 @@ def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: boo
         raise ExpungeError(f"training: {str(error).splitlines()[0]}") from None
 
 
-def steps_of(args: UnlearnConfig, pairs: int) -> int:
-    """Optimizer steps on one device."""
+def steps_of(args: UnlearnConfig, rows: int) -> int:
+    """Optimizer steps on one device, over so many pairs or texts to forget."""
     if args.max_steps > 0:
         return args.max_steps
-    a_pass = math.ceil(math.ceil(pairs / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
+    a_pass = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
     return math.ceil(args.num_train_epochs * a_pass)
 
 
@@ -99,9 +113,14 @@ def outline_of(config: RunConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizer
     return load_outline(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
-def training_pairs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
-    """What is trained on."""
-    return load_pairs(config.data.train, limit=config.data.limit, seed=config.seed, tokenizer=tokenizer)
+def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, args: UnlearnConfig) -> list[Pair] | Unpaired:
+    """What is trained on. Raises ExpungeError where the method does not take it."""
+    data = config.data
+    build_method(config.method).check_data(paired=data.train is not None)
+    if data.train is not None:
+        return load_pairs(data.train, limit=data.limit, seed=config.seed, tokenizer=tokenizer)
+    passage = args.max_continuation_tokens
+    return load_unpaired(data.forget, data.retain, data.limit, config.seed, tokenizer, passage)  # type: ignore[arg-type]
 
 
 def evaluation_data(data: DataConfig, plan: EvaluationConfig, tokenizer: Any = None) -> EvaluationData:
@@ -142,7 +161,6 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     _, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
-    claim(folder, config)
     train(config, folder, quiet)
     if not is_main_process():
         return []
@@ -184,14 +202,15 @@ def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = 
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
-    """Train into `folder/model`, going on from the last complete checkpoint. Skipped when it is done."""
-    pairs = training_pairs(config, outline_of(config)[1])
-    key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(pairs)])
+    """Make `folder` this run's and train into `folder/model`, from the last complete checkpoint. Skipped when it is done."""
+    args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
+    data = training_data(config, outline_of(config)[1], args)
+    claim(folder, config)  # not before the data is seen to be good
+    key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(data)])
     if _done(folder, "train", key):
         log.info("train: done before")
         return
     method = build_method(config.method)
-    args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
     started = time.monotonic()
     model, tokenizer = load_model(
         config.model, revision=config.revision, dtype="float32", trust_remote_code=config.trust_remote_code
@@ -201,7 +220,7 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
     if config.lora:
         model = add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
     stop = StopOnInterrupt()
-    trainer = UnlearnTrainer(model, method, args, pairs, tokenizer, callbacks=[stop])
+    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=[stop])
     checkpoint = last_checkpoint(Path(args.output_dir))  # type: ignore[arg-type]
     if checkpoint:
         log.info("train: going on from %s", checkpoint)
@@ -217,12 +236,7 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
     write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
         "reference_sha256": model_digest,
-        "pairs": {
-            "source": config.data.train,
-            "n": trainer.pairs,
-            "sha256": _hash(pairs),  # type: ignore[arg-type]
-            "truncation": dataclasses.asdict(trainer.truncation),
-        },
+        **_data_facts(config.data, data, trainer),
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -297,6 +311,7 @@ def _evaluate(
             "weights_sha256": inputs["weights"],
             "data_sha256": inputs["data"],
             "scorers": inputs["scorers"],
+            **Evaluation.load(cache).counts(),
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -317,8 +332,27 @@ def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]
     _write_text(folder / "provenance.json", json.dumps(facts, indent=2))
 
 
-def _hash(pairs: Sequence[Pair]) -> str:
-    return digest_all([pair.prompt, pair.chosen, pair.rejected] for pair in pairs)
+def _data_facts(sources: DataConfig, data: list[Pair] | Unpaired, trainer: UnlearnTrainer) -> dict[str, Any]:
+    """What was trained on and what of it did not fit."""
+    if not isinstance(data, Unpaired):
+        cut: Any = trainer.truncation
+        counts = {"n": len(trainer.rows), "sha256": _hash(data), "truncation": dataclasses.asdict(cut)}
+        return {"pairs": {"source": sources.train, **counts}}
+    return {
+        side: {
+            "source": getattr(sources, side),
+            "n": len(trainer.rows.sides[side]),  # type: ignore[union-attr]
+            "sha256": _hash(getattr(data, side)),
+            "truncation": dataclasses.asdict(trainer.truncation[side]),  # type: ignore[index]
+        }
+        for side in ("forget", "retain")
+    }
+
+
+def _hash(data: Sequence[Pair] | Sequence[Text] | Unpaired) -> str:
+    if isinstance(data, Unpaired):
+        return digest([_hash(data.forget), _hash(data.retain)])
+    return digest_all(list(vars(row).values()) for row in data)
 
 
 def _done(folder: Path, stage: str, key: str) -> bool:

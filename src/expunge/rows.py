@@ -68,20 +68,40 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def parse_lines(text: str, source: str) -> list[dict[str, Any]]:
     """JSON lines of `text`; `source` is what messages call it."""
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ExpungeError(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
-        if not isinstance(record, dict):
-            raise ExpungeError(f"{source}:{number}: expected a JSON object, found {type(record).__name__}")
-        if SURROGATE.search(line):
-            check_text(record, f"{source}:{number}")
-        records.append(record)
-    return records
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_object(line, f"{source}:{number}") for number, line in lines if line.strip()]
+
+
+def parse_object(text: str, where: str, strict: bool = False) -> dict[str, Any]:
+    """The JSON object that `text` is; strict: no NaN or Infinity, which Python writes, and no key that stands twice."""
+    decoder = STRICT if strict else json.JSONDecoder()
+    try:
+        record = decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise ExpungeError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise ExpungeError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ExpungeError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if SURROGATE.search(text):
+        check_text(record, where)
+    return record
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a value of JSON")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
 
 
 def check_text(record: Any, where: str) -> None:

@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,8 +35,9 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from expunge.data import Pair, tokenize_pairs
-from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
+from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.data.rows import PairRows, SetRows
+from expunge.data.tokenize import encode, leading_tokens
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
@@ -59,8 +59,8 @@ class UnlearnConfig(TrainingArguments):
     )
     weight_decay: float = field(default=1e-3, metadata={"help": "On the model's matrices; none on the heads."})
     warmup_steps: float = field(default=100, metadata={"help": "Linear warm-up (REPO appendix B: 100)."})
-    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the pairs."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a step and device."})
+    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the pairs, or over the forget set."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs, or rows of each set, a step and device."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
     max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
     max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
@@ -89,32 +89,11 @@ class UnlearnConfig(TrainingArguments):
         super().__post_init__()
 
 
-class PairRows(Dataset):
-    """Tokenised pairs as `{side: (prompt ids, continuation ids)}`, each with a window of neutral text if asked for."""
-
-    def __init__(self, pairs: Sequence[Any], anchor: Sequence[list[int]] = ()):
-        self.pairs, self.anchor = pairs, anchor
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, tuple[list[int], list[int]]]:
-        pair = self.pairs[index]
-        row = {"retain": (pair.prompt, pair.chosen), "forget": (pair.prompt, pair.rejected)}
-        if self.anchor:
-            row["anchor"] = ([], self.anchor[index % len(self.anchor)])
-        return row
-
-    def of(self, sides: Sequence[str] | None) -> Iterator[dict[str, tuple[list[int], list[int]]]]:
-        """All rows, without the sides that are not named; None: with all."""
-        for index in range(len(self)):
-            yield {side: ids for side, ids in self[index].items() if sides is None or side in sides}
-
-
 class UnlearnTrainer(Trainer):
-    """Train `model` in place with `method` on preference pairs.
+    """Train `model` in place with `method` on preference pairs, or on a forget and a retain set.
 
     model: any causal LM, or one wrapped by PEFT (then the reference is the same model with its adapter off).
+    Of two sets every batch has as many rows of each; an epoch is one pass over the forget set (`expunge.data.rows`).
     Raises ExpungeError where the loss is no longer a number: the last checkpoint stands.
     """
 
@@ -125,21 +104,24 @@ class UnlearnTrainer(Trainer):
         model: PreTrainedModel | Any,
         method: Method,
         args: UnlearnConfig,
-        train_dataset: Sequence[Pair],
+        train_dataset: Sequence[Pair] | Unpaired,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ):
         _refuse(model, args)
+        self.paired = not isinstance(train_dataset, Unpaired)
+        method.check_data(self.paired)
+        if not self.paired and args.dataloader_persistent_workers:
+            raise ExpungeError(
+                "training.dataloader_persistent_workers: of two sets each epoch reads other rows; leave it false"
+            )
         self.method = method
         if args.max_grad_norm is None:
             args = copy.copy(args)  # the caller may use it for another method
             args.max_grad_norm = method.max_grad_norm
-        pairs, self.truncation = tokenize_pairs(
-            train_dataset, processing_class, args.max_prompt_tokens, args.max_continuation_tokens
-        )
-        self.pairs = len(pairs)
-        _check_room(model, pairs)
-        rows = PairRows(pairs, _windows(args, processing_class))
+        rows, self.truncation = _tokenized(train_dataset, args, processing_class)
+        self.rows = rows
+        _check_room(model, rows)
         without_dropout(model)
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
@@ -152,10 +134,12 @@ class UnlearnTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=rows,
+            train_dataset=rows,  # type: ignore[arg-type]
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if isinstance(rows, SetRows):
+            self.add_callback(EachEpoch(rows))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -166,14 +150,14 @@ class UnlearnTrainer(Trainer):
             cached = args.reference == "cached" and method.ref_layers
             self.reference = Reference(model, self._stored(model, rows) if cached else None)
 
-    def _stored(self, model: nn.Module, rows: "PairRows") -> StoredStates:
+    def _stored(self, model: nn.Module, rows: PairRows | SetRows) -> StoredStates:
         """The states that the method reads of the reference; one process of a machine computes them for all."""
         adapter: set[str] = set()
         if hasattr(model, "disable_adapter"):
             marks: tuple[Any, ...] = (model.base_model.prefix, "modules_to_save")  # type: ignore[union-attr]
             adapter = {name for name in model.state_dict() if any(mark in name for mark in marks)}
         weights = weights_digest(model, skip=adapter)
-        ids = (prompt + continuation for row in rows.of(self.method.ref_sides) for prompt, continuation in row.values())
+        ids = rows.sequences(self.method.ref_sides)
         with self.args.main_process_first(desc="reference states"), original(model), self.accelerator.autocast():
             return StoredStates.of(model, ids, self.method.ref_layers, weights, quiet=self.args.disable_tqdm is True)
 
@@ -220,7 +204,7 @@ class UnlearnTrainer(Trainer):
         with self.accelerator.autocast():
             if self.plain is None:
                 check_head(inner, batch)
-                self.plain = not (self.chunked and shares_prefix(inner, batch, self.method.layers))
+                self.plain = not (self.paired and self.chunked and shares_prefix(inner, batch, self.method.layers))
             step = run_step(
                 inner,
                 self.reference,
@@ -338,12 +322,31 @@ def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
         )
 
 
-def _check_room(model: nn.Module, pairs: Sequence[TokenizedPair]) -> None:
+def _tokenized(
+    data: Sequence[Pair] | Unpaired, args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PairRows | SetRows, Truncation | dict[str, TextTruncation]]:
+    """`data` as rows of token ids, and what did not fit, which is said."""
+    limits = (args.max_prompt_tokens, args.max_continuation_tokens)
+    anchor = _windows(args, tokenizer)
+    if isinstance(data, Unpaired):
+        sides, by_side = tokenize_unpaired(data, tokenizer, *limits)
+        rows, truncation = SetRows(sides, args.seed, anchor), by_side
+        lines = [f"to {side}, {counts}" for side, counts in by_side.items()]
+    else:
+        pairs, truncation = tokenize_pairs(data, tokenizer, *limits)
+        rows, lines = PairRows(pairs, anchor), [str(truncation)]
+    for line in lines if args.process_index == 0 else ():
+        log.info("train: %s", line)
+    return rows, truncation
+
+
+def _check_room(model: nn.Module, rows: PairRows | SetRows) -> None:
     """Raise ExpungeError where a prompt and its continuation are longer than the model's context."""
-    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    longest = max(map(len, rows.sequences(("retain", "forget"))))
     if longest > (context := context_length(model)):
+        kind = "pair" if isinstance(rows, PairRows) else "text"
         raise ExpungeError(
-            f"the longest pair has {longest} tokens, the model's context {context}: lower training.max_prompt_tokens or "
+            f"the longest {kind} has {longest} tokens, the model's context {context}: lower training.max_prompt_tokens or "
             "training.max_continuation_tokens"
         )
 
@@ -363,6 +366,16 @@ def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[li
     if not windows:
         raise ExpungeError(f"training.anchor_text={args.anchor_text!r}: shorter than one window of {size} tokens")
     return windows
+
+
+class EachEpoch(TrainerCallback):
+    """Tells the rows of two sets which pass over the forget set begins, also where a run is resumed."""
+
+    def __init__(self, rows: SetRows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.rows.set_epoch(int(state.epoch or 0))
 
 
 class StepBar(ProgressCallback):

@@ -155,7 +155,7 @@ def test_bad_files(write, tmp_path):
     fails("gone.csv", "gone.csv: no such file")
     fails(tmp_path, "a folder")
     fails(write("a.pdf", "x"), "unknown kind of file")
-    fails(write("bad.json", '[{"prompt": "a"},\n oops]'), "bad.json:2: not valid JSON")
+    fails(write("bad.json", f"[{json.dumps(ROW)},\n oops]"), "bad.json:2: not valid JSON")
     fails(write("half.json", '[{"prompt": "\\ud83d"}]'), "half.json: item 1: ")
     fails(write("numbers.json", "[1]"), "numbers.json: item 1: expected a JSON object")
     fails(write("short.csv", "prompt,chosen,rejected\na,b\n"), "short.csv:2: not as many fields")

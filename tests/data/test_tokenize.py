@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from expunge.data import Pair, TokenizedPair, tokenize_pairs
+from expunge.data import Pair, Text, TokenizedPair, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
 
@@ -58,3 +58,21 @@ def test_bad_limits_and_no_pairs(tokenizer):
         tokenize_pairs([Pair("a", "b", "c")], tokenizer, max_prompt=0)
     with pytest.raises(ExpungeError, match="no pair is left"):
         tokenize_pairs([], tokenizer)
+
+
+def test_unpaired_texts_are_counted_side_by_side(tokenizer, tokenizer_with_bos):
+    data = Unpaired([Text("", "x1y2z3"), Text("x1y2z3", "q")], [Text("", "ab"), Text("a", "bcdefg")])
+    for tok in (tokenizer, tokenizer_with_bos):
+        sides, counts = tokenize_unpaired(data, tok, max_prompt=2, max_continuation=3)
+        whole, start = ids(tok, "x1y2z3"), leading_tokens(tok)
+        assert sides["forget"] == [([0], whole[:3]), ([*start, *whole[-2:]], ids(tok, "q"))]
+        assert str(counts["forget"]) == "2 texts: 1 prompts cut, 1 continuations cut"
+        assert str(counts["retain"]) == "2 texts: 1 continuations cut"
+
+
+def test_a_retained_text_that_is_a_forgotten_one_once_cut_is_dropped_and_counted(tokenizer):
+    data = Unpaired([Text("", "xyz")], [Text("", "xyw"), Text("", "ab")])
+    sides, counts = tokenize_unpaired(data, tokenizer, max_continuation=2)
+    assert sides["retain"] == [([0], ids(tokenizer, "ab"))] and counts["retain"].dropped_equal == 1
+    with pytest.raises(ExpungeError, match=r"no text to retain is left.*1 dropped equal"):
+        tokenize_unpaired(Unpaired([Text("", "xyz")], [Text("", "xyw")]), tokenizer, max_continuation=2)

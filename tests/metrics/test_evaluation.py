@@ -157,6 +157,20 @@ def test_truncation_keeps_the_last_tokens_or_the_first(tiny_model, tokenizer):
         assert a == b
 
 
+def test_what_was_cut_and_what_is_empty_is_counted(tiny_model, tokenizer, evaluation):
+    """The control: a model that writes its end token at once."""
+    mute = tiny_model()
+    end = torch.zeros(mute.config.vocab_size).index_fill_(0, torch.tensor([tokenizer.eos_token_id]), 50)
+    mute.lm_head.bias = torch.nn.Parameter(end)
+    prompts = {"c": ["A cold wind came over the hill", "A"], "d": ["A"]}
+    plan = EvaluationPlan(prompt_tokens=3, samples=4, max_new_tokens=4)
+    found = evaluate_model(mute, tokenizer, EvaluationData(prompts), plan, SCORERS).counts()
+    assert found["prompts"] == {"c": 2, "d": 1} and found["prompts_cut"] == {"c": 1, "d": 0}
+    assert found["empty_continuations"] == {"c greedy": 2, "c sampled": 8, "d greedy": 1, "d sampled": 4}
+    written = [sample for sample in evaluation.samples if not sample["continuation"].strip()]
+    assert sum(evaluation.counts()["empty_continuations"].values()) == len(written)
+
+
 def test_forced_tokens_are_given_and_not_scored(tiny_model, tokenizer, data):
     found = evaluate_model(tiny_model(), tokenizer, EvaluationData(pairs=data.pairs), PLAN, SCORERS)
     forced = [s for s in found.samples if s["k"] == 2 and s["side"] == "rejected" and s["decode"] == "greedy"]

@@ -26,11 +26,24 @@ def chat_pair(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, 
         turns, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         if not turns:
             raise ExpungeError(f"{where}: chosen and rejected share no first message; there is no prompt")
+    return _cut(turns, [chosen, rejected], where, tokenizer)  # type: ignore[return-value]
+
+
+def chat_text(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, str]:
+    """(prompt, completion) of a row with these two as messages, or ("", text) of a conversation under `messages`."""
+    if "messages" in row:
+        return "", _render(_messages(row["messages"], "messages", where), where, tokenizer)
+    turns, completion = (_messages(row.get(field), field, where) for field in ("prompt", "completion"))
+    return _cut(turns, [completion], where, tokenizer)  # type: ignore[return-value]
+
+
+def _cut(turns: Sequence[Message], sides: Sequence[Sequence[Message]], where: str, tokenizer: Any) -> tuple[str, ...]:
+    """The prompt as text, and what each side adds to it."""
     start = chat_prompt(turns, where, tokenizer)
-    ends = [_render([*turns, *side], where, tokenizer) for side in (chosen, rejected)]
+    ends = [_render([*turns, *side], where, tokenizer) for side in sides]
     # a template may end a prompt with more than an answer begins with
     cut = next((i for i, letters in enumerate(zip(start, *ends, strict=False)) if len(set(letters)) > 1), len(start))
-    return start[:cut], ends[0][cut:], ends[1][cut:]
+    return start[:cut], *(end[cut:] for end in ends)
 
 
 def chat_prompt(value: Any, where: str, tokenizer: Any) -> str:

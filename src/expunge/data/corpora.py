@@ -6,13 +6,18 @@ A WikiText split is one text as perplexity is published on it (methods section 4
 blank line. A row keeps its line end, and a blank line is an empty row.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from expunge.data.named import NamedSet, local_file, locate
 from expunge.data.prompts import load_prompts
 from expunge.data.records import Record, hub_records, named_records, read_text
+from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+
+WORD = re.compile(r"\s*\S+")
 
 
 def load_corpus(source: str | Path) -> str:
@@ -46,3 +51,21 @@ def _joined(records: Iterable[Record]) -> str:
             raise ExpungeError(f"{where}: no field 'text' (found: {', '.join(row)})")
         texts.append(row["text"])
     return "\n\n".join(texts)
+
+
+def passages(text: str, tokenizer: Any, size: int) -> Iterator[str]:
+    """`text` in order as runs of whole words of at most `size` tokens, without the blanks around them.
+
+    Words are counted apart. One of more than `size` tokens is a passage of its own.
+    """
+    words = {form for match in WORD.finditer(text) for form in (match[0], match[0].strip())}
+    tokens = dict(zip(words, map(len, encode(tokenizer, list(words))), strict=True)) if words else {}
+    start = end = count = 0
+    for match in WORD.finditer(text):
+        if count and count + tokens[match[0]] > size:
+            yield text[start:end].strip()
+            start, count = end, 0
+        count += tokens[match[0] if count else match[0].strip()]
+        end = match.end()
+    if count:
+        yield text[start:end].strip()

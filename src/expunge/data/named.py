@@ -8,13 +8,14 @@ A source is a named set, a file, or a hub set `organisation/name`, tried in this
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from expunge.errors import ExpungeError
 from expunge.registry import did_you_mean
 
-Kind = Literal["pairs", "prompts", "corpus"]
+Kind = Literal["pairs", "text", "labelled", "prompts", "corpus"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".tokens", ".raw")
@@ -34,9 +35,12 @@ class NamedSet:
     hub: str | None = None
     config: str | None = None  # the hub set's configuration
     split: str = "train"
+    header: tuple[str, ...] | None = None  # of a local table that has none
 
 
 WIKITEXT = "Salesforce/wikitext"
+WMDP = "cais/wmdp-corpora"
+UNKNOWN = "not known"
 SHARE_ALIKE = "CC BY-SA 3.0"
 OWN = "Apache-2.0"  # ours: made by recipes/builtin/
 
@@ -49,6 +53,22 @@ NAMED = (
     NamedSet("paradetox", "pairs", "toxic sentences and rewrites; the prompt is what both begin with", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
     NamedSet("pair-toxicity", "pairs", "PPLM pairs of Lee et al. 2024, yours: pair-toxicity:PATH", "ajyl/dpo_toxic's"),
+    NamedSet("paradetox-toxic", "text", "the toxic sentences of paradetox, each once", "OpenRAIL++",
+             local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
+    NamedSet("tofu-forget", "text", "TOFU: questions about 20 authors who do not exist, and answers", "MIT",
+             local="tofu/forget10.json", hub="locuslab/TOFU", config="forget10"),
+    NamedSet("tofu-retain", "text", "TOFU: the same of the other 180 authors", "MIT",
+             local="tofu/retain90.json", hub="locuslab/TOFU", config="retain90"),
+    NamedSet("wmdp-cyber-forget", "text", "WMDP corpora: cyber, to forget", UNKNOWN,
+             local="wmdp-corpora/cyber-forget-corpus.jsonl", hub=WMDP, config="cyber-forget-corpus"),
+    NamedSet("wmdp-cyber-retain", "text", "WMDP corpora: cyber, to keep", UNKNOWN,
+             local="wmdp-corpora/cyber-retain-corpus.jsonl", hub=WMDP, config="cyber-retain-corpus"),
+    NamedSet("wmdp-bio-forget", "text", "WMDP corpora: biology, to forget; the hub asks who you are", UNKNOWN,
+             local="wmdp-corpora/bio-forget-corpus.jsonl", hub="cais/wmdp-bio-forget-corpus"),
+    NamedSet("wmdp-bio-retain", "text", "WMDP corpora: biology, to keep", UNKNOWN,
+             local="wmdp-corpora/bio-retain-corpus.jsonl", hub=WMDP, config="bio-retain-corpus"),
+    NamedSet("jigsaw", "labelled", "comments on Wikipedia's talk pages, half of them toxic", "CC0, text CC BY-SA 3.0",
+             local="jigsaw_balanced_subset/test.csv", header=("text", "label")),
     NamedSet("builtin-challenge", "prompts", "prompts of the built-in model that provoke it", OWN,
              asset="prompts/challenge.jsonl"),
     NamedSet("builtin-tuning", "prompts", "more of the same kind, for tuning", OWN, asset="prompts/tuning.jsonl"),
@@ -92,12 +112,13 @@ def local_file(entry: NamedSet) -> Path | None:
     return path if path.is_file() else None
 
 
-def locate(source: str | Path, kind: Kind) -> NamedSet | Path | str:
-    """What `source` stands for: a named set, an existing file, or the name of a hub set.
+def locate(source: str | Path, *kinds: Kind) -> NamedSet | Path | str:
+    """What `source` stands for: a named set of one of `kinds`, an existing file, or the name of a hub set.
 
-    Raises ExpungeError for a file that is not there, and for a name that is none of these.
+    Raises ExpungeError, with what comes near, for a file that is not there and for a name that is none of these.
     """
-    known, text, path = named_sets(kind), str(source), Path(source)
+    known = {name: entry for kind in reversed(kinds) for name, entry in named_sets(kind).items()}
+    text, path = str(source), Path(source)
     if text in known:
         return known[text]
     if path.is_file():
@@ -105,7 +126,18 @@ def locate(source: str | Path, kind: Kind) -> NamedSet | Path | str:
     if path.is_dir():
         raise ExpungeError(f"{source}: a folder; name one file in it")
     if isinstance(source, Path) or path.suffix in FILE_TYPES:
-        raise ExpungeError(f"{source}: no such file")
+        raise ExpungeError(f"{source}: no such file{_nearby(path)}")
     if HUB_NAME.fullmatch(text):
         return text
-    raise ExpungeError(f"{source}: no {kind} set, file or hub set of this name{did_you_mean(text, known)}")
+    wanted = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
+    if other := next((entry for entry in NAMED if entry.name == text), None):
+        raise ExpungeError(f"{source}: a set of kind {other.kind}; wanted is one of kind {wanted}{did_you_mean('', known)}")
+    near = _nearby(path) if not get_close_matches(text, known, n=1, cutoff=0.5) else ""
+    raise ExpungeError(f"{source}: no {wanted} set, file or hub set of this name{near or did_you_mean(text, known)}")
+
+
+def _nearby(path: Path) -> str:
+    """`" (did you mean 'pairs.jsonl'?)"` where a data file beside `path` is called nearly so."""
+    files = [found.name for found in path.parent.glob("*") if found.suffix in FILE_TYPES]
+    close = get_close_matches(path.name, files, n=1, cutoff=0.5)
+    return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""

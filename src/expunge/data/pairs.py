@@ -16,7 +16,7 @@ from typing import Any
 
 from expunge.data.chat import chat_pair
 from expunge.data.named import NamedSet, locate
-from expunge.data.records import Record, hub_records, named_records, read_records
+from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
 PAIR_TOXICITY = {"prompt": "prompt_text", "chosen": "unpert_gen_text", "rejected": "pert_gen_text"}
@@ -39,18 +39,16 @@ def load_pairs(
 ) -> list[Pair]:
     """The pairs of a named set, a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub set, in its order.
 
-    split: of a hub set ("train" if None). limit: so many of them, drawn at random with `seed`, order kept.
+    split: of a hub set ("train" if None). limit: so many of them, drawn at random with `seed`, order kept; all are checked.
     tokenizer: whose chat template renders conversational rows; text needs none.
     Raises ExpungeError, one line with file and line number, for anything that is not a pair.
     """
-    pairs = list(_read(source, split, tokenizer))
+    pairs = selected(
+        lambda: _read(source, split, tokenizer), limit, lambda n, few: random.Random(seed).sample(range(n), few), "pair"
+    )
     if not pairs:
         raise ExpungeError(f"{source}: no pair in it")
-    if limit is None:
-        return pairs
-    if limit < 1:
-        raise ExpungeError(f"limit {limit}: at least one pair is needed")
-    return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), min(limit, len(pairs))))]
+    return pairs
 
 
 def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pair]:
@@ -74,18 +72,19 @@ def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: d
     if isinstance(row.get("chosen"), list):
         prompt, chosen, rejected = chat_pair(row, where, tokenizer)
     else:
-        prompt, chosen, rejected = None, _text(row, fields["chosen"], where), _text(row, fields["rejected"], where)
+        prompt, chosen, rejected = None, text_of(row, fields["chosen"], where), text_of(row, fields["rejected"], where)
     if chosen == rejected:
         raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")
     if prompt is None and fields["prompt"] in row:
-        prompt = _text(row, fields["prompt"], where)
+        prompt = text_of(row, fields["prompt"], where)
     if prompt is not None:
         return Pair(prompt, chosen, rejected)
     cut = common_prefix(chosen, rejected)
     return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """A field of a row that must be text, and not blank."""
     if field not in row:
         raise ExpungeError(f"{where}: no field {field!r} (found: {', '.join(map(str, row)) or 'none'})")
     value = row[field]
@@ -113,7 +112,7 @@ def paradetox_pairs(entry: NamedSet) -> Iterator[Pair]:
     It is spelled as in the toxic sentence. Pairs without such words, and equal ones, are left out.
     """
     total = kept = 0
-    for toxic, neutral in _paradetox_texts(named_records(entry)):
+    for toxic, neutral in paradetox_texts(named_records(entry)):
         total += 1
         forget, retain = toxic.split(), neutral.split()
         longest = min(len(forget), len(retain)) - 1  # each side keeps a word of its own
@@ -125,11 +124,11 @@ def paradetox_pairs(entry: NamedSet) -> Iterator[Pair]:
     logger.warning("paradetox: %d of %d pairs used; the others do not begin with the same word", kept, total)
 
 
-def _paradetox_texts(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
+def paradetox_texts(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
     """(toxic, neutral): the file has up to three rewrites in a row, the hub set one."""
     for where, row in records:
         if "en_toxic_comment" in row:
             yield row["en_toxic_comment"], row["en_neutral_comment"]
             continue
-        toxic = _text(row, "toxic", where)
+        toxic = text_of(row, "toxic", where)
         yield from ((toxic, row[column]) for column in ("neutral1", "neutral2", "neutral3") if row.get(column))

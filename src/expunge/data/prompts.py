@@ -13,7 +13,7 @@ from typing import Any
 
 from expunge.data.chat import chat_prompt
 from expunge.data.named import NamedSet, local_file, locate
-from expunge.data.records import Record, hub_records, named_records, read_records
+from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
 
@@ -31,13 +31,16 @@ def load_prompts(source: str | Path, limit: int | None = None, tokenizer: Any = 
     limit: at most so many, evenly spread over the set. tokenizer: whose chat template renders lists of messages.
     Raises ExpungeError, with the place, for a row without a prompt.
     """
-    prompts = [parse_prompt(row, where, tokenizer) for where, row in _records(locate(source, "prompts"))]
+    found = locate(source, "prompts")
+    prompts = selected(
+        lambda: (parse_prompt(row, where, tokenizer) for where, row in _records(found)),
+        limit,
+        lambda n, few: (i * n // few for i in range(few)),
+        "prompt",
+    )
     if not prompts:
         raise ExpungeError(f"{source}: no prompt in it")
-    if limit is not None and limit < 1:
-        raise ExpungeError(f"limit {limit}: at least one prompt is needed")
-    kept = min(limit or len(prompts), len(prompts))
-    return [prompts[i * len(prompts) // kept] for i in range(kept)]
+    return prompts
 
 
 def _records(found: NamedSet | Path | str) -> Iterable[Record]:

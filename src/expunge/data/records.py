@@ -2,96 +2,145 @@
 
     for where, row in read_records(Path("pairs.jsonl")): ...      # ("pairs.jsonl:1", {"prompt": ...})
 
-JSON lines, a JSON list, CSV, TSV, Parquet, and plain text (one row `{"text"}` per line that is not blank).
+JSON lines, CSV, TSV, Parquet and plain text (one row `{"text"}` per line that is not blank) are read row by row; a JSON
+list is read whole.
 """
 
+import codecs
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expunge.data.named import NamedSet, local_file
 from expunge.errors import ExpungeError
-from expunge.rows import SURROGATE, check_text, read_lines
+from expunge.rows import STRICT, SURROGATE, check_text, parse_object
 
+T = TypeVar("T")
 Record = tuple[str, dict[str, Any]]
+
+PARQUET_ROWS = 1024  # read at once
 
 csv.field_size_limit(sys.maxsize)
 
 
-def read_text(path: Path) -> str:
-    """The whole file as UTF-8 text, line ends as they are; ExpungeError where it is not there or not UTF-8."""
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """`(place, line)` of a text file, each line with its end; a byte order mark before the first is left out.
+
+    Raises ExpungeError where the file is not there, not UTF-8, or holds a NUL byte.
+    """
     try:
-        return path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in line:
+                    raise ExpungeError(
+                        f"{path}:{number}: a NUL byte, so not UTF-8 text but UTF-16 or a binary file; convert it"
+                    )
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ExpungeError(
+                        f"{path}:{number}: not UTF-8 text (byte {error.start + 1} of the line); convert the file to UTF-8"
+                    ) from None
+                yield f"{path}:{number}", text
     except FileNotFoundError:
         raise ExpungeError(f"{path}: no such file") from None
     except OSError as error:
         raise ExpungeError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ExpungeError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """`(place, row)` of every row of a file, read by what its name ends in."""
+def read_text(path: Path) -> str:
+    """The whole of a text file, line ends as they are."""
+    return "".join(line for _, line in read_lines(path))
+
+
+def read_records(path: Path, header: tuple[str, ...] | None = None) -> Iterator[Record]:
+    """`(place, row)` of every row of a file, read by what its name ends in. header: of a table that has none of its own."""
     match path.suffix.lower():
         case ".jsonl":
             return _json_lines(path)
         case ".json":
-            return _json_list(path) if read_text(path).lstrip().startswith("[") else _json_lines(path)
+            first = next((line for _, line in read_lines(path) if line.strip()), "")
+            return _json_list(path) if first.lstrip().startswith("[") else _json_lines(path)
         case ".csv":
-            return _table(path, ",")
+            return _table(path, ",", header)
         case ".tsv":
-            return _table(path, "\t")
+            return _table(path, "\t", header)
         case ".parquet":
             return _parquet(path)
         case ".txt":
-            lines = enumerate(read_text(path).splitlines(), 1)
-            return ((f"{path}:{number}", {"text": line}) for number, line in lines if line.strip())
+            return ((where, {"text": line.rstrip("\r\n")}) for where, line in read_lines(path) if line.strip())
     raise ExpungeError(f"{path}: unknown kind of file; use .jsonl, .json, .csv, .tsv, .parquet or .txt")
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    rows = read_lines(path)
-    numbers = [number for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    return ((f"{path}:{number}", row) for number, row in zip(numbers, rows, strict=True))
+    return ((where, parse_object(line, where, strict=True)) for where, line in read_lines(path) if line.strip())
 
 
 def _json_list(path: Path) -> Iterator[Record]:
     text = read_text(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ExpungeError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
     escaped = SURROGATE.search(text)
-    for number, row in enumerate(rows, 1):
+    at, number, separator = text.index("["), 0, ","
+    while separator == ",":
+        number += 1
+        where = f"{path}: item {number}"
+        at = _after_blanks(text, at + 1)
+        if number == 1 and text.startswith("]", at):
+            break
+        try:
+            row, at = STRICT.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ExpungeError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise ExpungeError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ExpungeError(f"{path}: item {number}: expected a JSON object, found {type(row).__name__}")
+            raise ExpungeError(f"{where}: expected a JSON object, found {type(row).__name__}")
         if escaped:
-            check_text(row, f"{path}: item {number}")
-        yield f"{path}: item {number}", row
+            check_text(row, where)
+        yield where, row
+        at = _after_blanks(text, at)
+        separator = text[at : at + 1]
+    if not text.startswith("]", at) or text[at + 1 :].strip():
+        line = text.count("\n", 0, at) + 1
+        raise ExpungeError(f"{path}:{line}: not valid JSON (after item {number} there should be a comma or the list's end)")
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Record]:
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
+def _after_blanks(text: str, at: int) -> int:
+    return WHITESPACE.match(text, at).end()
+
+
+def _table(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Iterator[Record]:
+    lines = (line for _, line in read_lines(path))
+    reader = csv.DictReader(lines, header, delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or []
+        if twice := [name for name in names if list(names).count(name) > 1]:
+            raise ExpungeError(f"{path}:1: the header names {twice[0]!r} twice")
         for row in reader:
             if None in row or None in row.values():
                 raise ExpungeError(f"{path}:{reader.line_num}: not as many fields as the header names")
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
-        raise ExpungeError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+        raise ExpungeError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ExpungeError(f"{path}: not valid Parquet ({str(error).splitlines()[0]})") from None
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def hub_records(name: str, split: str = "train", config: str | None = None) -> Iterator[Record]:
@@ -99,19 +148,23 @@ def hub_records(name: str, split: str = "train", config: str | None = None) -> I
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ExpungeError(f"{name}: hub sets need the package 'datasets'; pip install datasets") from None
+        raise ExpungeError(
+            f"{name}: no file of this name, and hub sets need the package 'datasets'; pip install datasets"
+        ) from None
     try:
         rows = load_dataset(name, config, split=split)
     except Exception as error:  # the library raises its own, urllib's, httpx's and plain ones alike
         reason = str(error).strip().split("\n")[0]
-        raise ExpungeError(f"{name}: the hub did not give the split {split!r} ({reason})") from None
+        raise ExpungeError(
+            f"{name}: no file of this name, and the hub did not give the split {split!r} ({reason})"
+        ) from None
     return ((f"{name} {split}, row {number}", dict(row)) for number, row in enumerate(rows, 1))
 
 
 def named_records(entry: NamedSet) -> Iterator[Record]:
     """`(place, row)` of a named set: from this machine where it lies here, else from the hub."""
     if path := local_file(entry):
-        return read_records(path)
+        return read_records(path, entry.header)
     advice = f"set EXPUNGE_DATA to the folder that holds {entry.local}"
     if entry.hub is None:
         raise ExpungeError(f"{entry.name}: not on this machine; {advice}")
@@ -119,3 +172,22 @@ def named_records(entry: NamedSet) -> Iterator[Record]:
         return hub_records(entry.hub, entry.split, entry.config)
     except ExpungeError as error:
         raise ExpungeError(f"{entry.name}: not on this machine; {advice}, or connect ({error})") from None
+
+
+def selected(
+    read: Callable[[], Iterable[T]], limit: int | None, choose: Callable[[int, int], Iterable[int]], what: str
+) -> list[T]:
+    """Every `what` that `read()` gives; with a limit those of all `n` that `choose(n, limit)` names by index, in order.
+
+    A limit reads twice, first to check and count all, then up to the last that is chosen; what is not chosen is never held.
+    """
+    if limit is None:
+        return list(read())
+    if limit < 1:
+        raise ExpungeError(f"limit {limit}: at least one {what} is needed")
+    n = sum(1 for _ in read())
+    wanted = sorted(choose(n, min(limit, n)))
+    found, source = [], enumerate(read())
+    for index in wanted:
+        found.append(next(item for at, item in source if at == index))
+    return found

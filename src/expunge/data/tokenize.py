@@ -1,8 +1,9 @@
-"""Pairs as token ids: prompt and continuations are tokenised apart and joined by concatenation.
+"""Pairs and unpaired texts as token ids: prompt and continuations are tokenised apart and joined by concatenation.
 
     rows, truncation = tokenize_pairs(pairs, tokenizer)      # rows[0].prompt + rows[0].chosen is one sequence
+    sides, truncation = tokenize_unpaired(data, tokenizer)   # sides["forget"][0] is (prompt ids, continuation ids)
 
-So both sides share the very same prompt tokens: none is merged with the first of a continuation.
+So both sides of a pair share the very same prompt tokens: none is merged with the first of a continuation.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from expunge.errors import ExpungeError
 
 if TYPE_CHECKING:
     from expunge.data.pairs import Pair
+    from expunge.data.texts import Text, Unpaired
+
+TokenizedText = tuple[list[int], list[int]]
+"""Prompt ids, with the tokenizer's bos where it adds one, and continuation ids."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,29 @@ class Truncation:
     dropped_empty: int = 0  # a side of which the tokenizer makes nothing
 
     def __str__(self) -> str:
-        """`"2,000 pairs: 3 prompts cut, 1 dropped equal"`: the counts that are not zero."""
-        counts = [f"{n:,} {name.replace('_', ' ')}" for name, n in asdict(self).items() if n and name != "pairs"]
-        return f"{self.pairs:,} pairs: {', '.join(counts) or 'nothing cut'}"
+        return _counted(self, "pairs")
+
+
+@dataclass
+class TextTruncation:
+    """What did not fit, in texts of one side; `dropped` ones are in none of the rows."""
+
+    texts: int = 0
+    prompts_cut: int = 0
+    continuations_cut: int = 0
+    dropped_empty: int = 0  # of which the tokenizer makes nothing
+    dropped_equal: int = 0  # to be retained, but once it is cut the same as one that is to be forgotten
+
+    def __str__(self) -> str:
+        return _counted(self, "texts")
+
+
+def _counted(counts: Truncation | TextTruncation, unit: str) -> str:
+    """`"2,000 pairs: 3 prompts cut, 1 dropped equal"`: the counts that are not zero."""
+    found = asdict(counts)
+    total = found.pop(unit)
+    named = [f"{n:,} {name.replace('_', ' ')}" for name, n in found.items() if n]
+    return f"{total:,} {unit}: {', '.join(named) or 'nothing cut'}"
 
 
 def tokenize_pairs(
@@ -49,8 +74,7 @@ def tokenize_pairs(
     max_prompt: a prompt keeps its last so many tokens, bos apart. max_continuation: a side keeps its first so many.
     Raises ExpungeError if a limit is below 1, if no pair is left, or for an empty prompt without a bos or eos.
     """
-    if max_prompt < 1 or max_continuation < 1:
-        raise ExpungeError(f"max_prompt {max_prompt}, max_continuation {max_continuation}: each must be at least 1")
+    _check_limits(max_prompt, max_continuation)
     start = leading_tokens(tokenizer)
     columns = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
     encoded = [encode(tokenizer, list(texts)) for texts in columns]
@@ -74,6 +98,48 @@ def tokenize_pairs(
     if not rows:
         raise ExpungeError(f"no pair is left to train on ({counts})")
     return rows, counts
+
+
+def tokenize_unpaired(
+    data: "Unpaired", tokenizer: Any, max_prompt: int = 64, max_continuation: int = 64
+) -> tuple[dict[str, list[TokenizedText]], dict[str, TextTruncation]]:
+    """Token ids of the texts of each side, in order, and what was cut or dropped; limits and errors as of pairs."""
+    sides, counts = {}, {}
+    for side, texts in (("retain", data.retain), ("forget", data.forget)):
+        sides[side], counts[side] = tokenize_texts(texts, tokenizer, max_prompt, max_continuation)
+    bad = {(tuple(prompt), tuple(continuation)) for prompt, continuation in sides["forget"]}
+    kept = [row for row in sides["retain"] if (tuple(row[0]), tuple(row[1])) not in bad]
+    counts["retain"].dropped_equal = len(sides["retain"]) - len(kept)
+    sides["retain"] = kept
+    for side, rows in sides.items():
+        if not rows:
+            raise ExpungeError(f"no text to {side} is left to train on ({counts[side]})")
+    return sides, counts
+
+
+def tokenize_texts(
+    texts: "Sequence[Text]", tokenizer: Any, max_prompt: int = 64, max_continuation: int = 64
+) -> tuple[list[TokenizedText], TextTruncation]:
+    """Token ids of each text, in order, and what was cut or dropped. A text without a prompt starts from bos, else eos."""
+    _check_limits(max_prompt, max_continuation)
+    start, counts = leading_tokens(tokenizer), TextTruncation(texts=len(texts))
+    prompts, completions = (
+        encode(tokenizer, list(column)) for column in zip(*((t.prompt, t.completion) for t in texts), strict=True)
+    )
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not completion:
+            counts.dropped_empty += 1
+            continue
+        counts.prompts_cut += len(prompt) > max_prompt
+        counts.continuations_cut += len(completion) > max_continuation
+        rows.append(((start + prompt[-max_prompt:]) or [_start_token(tokenizer)], completion[:max_continuation]))
+    return rows, counts
+
+
+def _check_limits(max_prompt: int, max_continuation: int) -> None:
+    if max_prompt < 1 or max_continuation < 1:
+        raise ExpungeError(f"max_prompt {max_prompt}, max_continuation {max_continuation}: each must be at least 1")
 
 
 def encode(tokenizer: Any, text: str | list[str]) -> Any:

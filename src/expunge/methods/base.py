@@ -9,7 +9,7 @@ class Mine(Method):
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class Method:
     paper: ClassVar[str] = ""
     reference: ClassVar[bool] = True  # does the loss look at the reference?
     ref_sides: ClassVar[tuple[str, ...] | None] = None  # on which sides of a batch; None: all
+    data: ClassVar[Literal["pairs", "any"]] = "pairs"  # "any": the two sides of a row need not share a prompt
     max_grad_norm: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -49,6 +50,13 @@ class Method:
     def ref_layers(self) -> Sequence["Layer"]:
         """The states of the reference that the loss reads."""
         return ("final",) if self.reference else ()
+
+    def check_data(self, paired: bool) -> None:
+        """Raise ExpungeError where the method cannot train on what it is given."""
+        if self.data == "pairs" and not paired:
+            raise ExpungeError(
+                f"{self.name} compares the two sides of a pair: give pairs (data.train, --pairs), not two sets"
+            )
 
     def heads(self, width: int) -> Mapping[str, nn.Module]:
         """Modules trained beside a model of residual width `width`, and left out of the exported model."""

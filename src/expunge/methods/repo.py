@@ -32,6 +32,7 @@ class REPO(Method):
     family: ClassVar[str] = "representation"
     paper: ClassVar[str] = "Detoxifying LLMs via Representation Erasure-based Preference Optimization, section 2"
     ref_sides: ClassVar[tuple[str, ...] | None] = ("retain", "anchor")
+    data: ClassVar[Literal["pairs", "any"]] = "any"
 
     weight: float = 0.2
     """lambda, >= 0: the pressure of the reversed gradient (Table 5)."""

@@ -95,6 +95,20 @@ class Evaluation:
         self.figures += other.figures
         self.samples += other.samples
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What a mean does not show: prompts and those of them that were cut, by set; continuations that are blank, by set
+        and decoding."""
+        prompts = {f.key.dataset or "": f.columns[:, 0] for f in self.figures if f.key.metric == "truncated_share"}
+        empty: dict[str, int] = {}
+        for sample in self.samples:
+            name = f"{sample['dataset']} {sample['decode']}"
+            empty[name] = empty.get(name, 0) + (not sample["continuation"].strip())
+        return {
+            "prompts": {name: len(cut) for name, cut in prompts.items()},
+            "prompts_cut": {name: int(cut.sum()) for name, cut in prompts.items()},
+            "empty_continuations": empty,
+        }
+
     def save(self, path: Path) -> None:
         """Write the folder `path` (safetensors and JSON lines) under a temporary name of this process, then rename it."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
