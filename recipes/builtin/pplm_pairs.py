@@ -1,7 +1,8 @@
 """PPLM pairs for the built-in model: the prompts of its training pairs, greedy against what a probe pushed.
 
-`python recipes/builtin/pplm_pairs.py` writes pplm.jsonl and pplm.facts.json in src/expunge/assets/pairs/, with a probe fitted on Jigsaw's comments (EXPUNGE_DATA), as Lee et al. 2024 do. It works in chunks; the same command goes on.
-Settings are PPLM's own, not Lee et al.'s, which cost this model seventeen times as much for each pair.
+`python recipes/builtin/pplm_pairs.py` writes pplm.jsonl and pplm.facts.json in src/expunge/assets/pairs/, with a probe
+fitted on Jigsaw's comments (EXPUNGE_DATA), as Lee et al. 2024 do. It works in chunks; the same command goes on. Settings
+are PPLM's own, not Lee et al.'s, which take seventeen times as many steps for each pair.
 """
 
 import json
