@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ BATCH_TOKENS = 4096
 class PPLM(Selection):
     """How continuations are pushed, and which may make a pair. The chosen side is the greedy, plain continuation."""
 
-    chosen: Any = "greedy"
+    chosen: Literal["greedy"] = "greedy"
     iterations: int = 50
     step_size: float = 0.4
     gamma: float = 1.0
