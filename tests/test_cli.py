@@ -175,7 +175,7 @@ def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, 
 
 def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):
     monkeypatch.setenv("EXPUNGE_DATA", "/no/such/folder")
-    assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.rank=2") == 0
+    assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.r=2") == 0
     found = yaml.safe_load(capsys.readouterr().out)
     assert found["machine"]["data"] == "EXPUNGE_DATA=/no/such/folder, which is no folder"
     assert found["run"]["trained"] < found["run"]["parameters"]

@@ -3,10 +3,13 @@
 Bad input is one line on standard error and exit status 2; Ctrl-C saves a checkpoint and exits with 130.
 """
 
+import functools
+import inspect
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +38,37 @@ Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 
+LOADING = {
+    "revision": Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")],
+    "dtype": Annotated[
+        str | None, typer.Option(help="float32 (default), bfloat16, float16, or auto: as the model was saved.")
+    ],
+    "device_map": Annotated[str | None, typer.Option(help="auto, a device, ...: as in transformers. Default: one device.")],
+    "attn_implementation": Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...")],
+    "quantization": Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes; training needs an adapter.")],
+    "trust_remote_code": Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")],
+}
+"""How a model is loaded, as options and as keys of the configuration."""
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of LOADING; it gets those that were given as the mapping `loading`."""
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        given = {name: values.pop(name) for name in LOADING}
+        command(**values, loading={name: value for name, value in given.items() if value})
+
+    own = inspect.signature(command, eval_str=True)
+    kept = [parameter for name, parameter in own.parameters.items() if name != "loading"]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=False if "trust" in name else None)
+        for name, kind in LOADING.items()
+    ]
+    wrapped.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *more]}
+    return wrapped
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -54,6 +88,7 @@ def common(
 
 
 @app.command()
+@loads_a_model
 def run(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -64,12 +99,14 @@ def run(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget)
+    settings = _settings(overrides, config, model, method, pairs, budget, loading)
     if dry_run:
         _print_plan(settings, output)
         return
@@ -80,6 +117,7 @@ def run(
 
 
 @app.command()
+@loads_a_model
 def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -90,17 +128,21 @@ def train(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Train only: the edited model is left in OUT/model."""
     from expunge import pipeline
 
     _hush()
-    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget))
+    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget, loading))
     if dry_run:
         _print_plan(settings, output)
         return
     pipeline.build_method(settings.method)
-    pipeline.build_training(settings.training, output, settings.seed)
+    args = pipeline.build_training(settings.training, output, settings.seed)
+    pipeline.check_model(settings)
+    pipeline.monitor_data(settings, args, pipeline.outline_of(settings)[1])
     pipeline.claim(output, settings)
     pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
@@ -108,6 +150,7 @@ def train(
 
 
 @app.command()
+@loads_a_model
 def doctor(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -115,6 +158,8 @@ def doctor(
     method: MethodName = None,
     pairs: PairsName = None,
     budget: Budget = "quick",
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Say what this machine offers, and estimate memory and time of a run without loading the model."""
     import yaml
@@ -122,12 +167,14 @@ def doctor(
     from expunge.doctor import machine
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget)
-    found = {"machine": machine(), "run": {"model": settings.model, **_figures(settings)}}
+    settings = _settings(overrides, config, model, method, pairs, budget, loading)
+    how = {name: value for name in ("model", *LOADING, "lora") if (value := getattr(settings, name))}
+    found = {"machine": machine(), "run": {**how, **_figures(settings)}}
     print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
 
 
 @app.command()
+@loads_a_model
 def evaluate(
     model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
     overrides: Overrides = None,
@@ -137,6 +184,8 @@ def evaluate(
     budget: Budget = "quick",
     output: Out = Path("runs/evaluation"),
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Measure any model, against a reference where one is given."""
     from expunge import pipeline
@@ -148,23 +197,30 @@ def evaluate(
         return
     folder = Path(model)
     is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
-    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
-    if is_run and reference is None:
+    if is_run:
         import yaml
 
-        reference = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
+        loading = {
+            name: value for name, value in how.items() if value
+        } | loading  # not what runs code: a run may be another's
+        reference = reference or run["model"]
+    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget, loading)
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
     pipeline.claim(output, settings)
-    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
+    revision = settings.revision if is_run else None  # of the model alone
+    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
     write_report(output)
     _print_headline(output)
     out.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
+@loads_a_model
 def generate(
     prompts: Annotated[str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.")],
     model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
@@ -173,6 +229,8 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     seed: int = 0,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Continue prompts: one JSON line each, {prompt, sample, continuation}."""
     from expunge.data import load_prompts
@@ -180,7 +238,7 @@ def generate(
     from expunge.models import load_model
 
     _hush()
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, **loading)
     if prompts == "-":
         texts = sys.stdin.read().splitlines()
     else:
@@ -280,6 +338,7 @@ def _settings(
     method: str | None,
     pairs: str | None,
     budget: str,
+    loading: dict[str, Any],
 ) -> Any:
     """RunConfig: the budget, then YAML files, then options, then dotted overrides, each over the ones before."""
     from expunge.config import BUDGETS, RunConfig, load_config
@@ -287,7 +346,7 @@ def _settings(
 
     if budget not in BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
-    options = {"model": model, "method.name": method, "data.train": pairs}
+    options = {"model": model, "method.name": method, "data.train": pairs, **loading}
     named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load_config(RunConfig, files or [], named + (overrides or []), base=BUDGETS[budget])
 

@@ -8,15 +8,28 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from transformers.integrations import integration_utils
 
 from expunge.config import RunConfig, cache_folder
 from expunge.data import tokenize_pairs
 from expunge.estimate import SHARE, estimate, matrix_rate, rows_of
-from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_pairs
+from expunge.models import loading_options
+from expunge.pipeline import (
+    build_method,
+    build_training,
+    check_model,
+    monitor_data,
+    outline_of,
+    resolve,
+    steps_of,
+    training_pairs,
+)
 from expunge.provenance import environment
 
 
@@ -49,14 +62,20 @@ def forecast(config: RunConfig) -> Forecast:
     """
     config = resolve(config)
     method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
+    check_model(config)
     outline, tokenizer = outline_of(config)
+    monitor_data(config, args, tokenizer)
+    lora = None if config.lora is None else {key: value for key, value in config.lora.items() if key != "merge"}
+    dtype = loading_options(config.dtype or "float32")["dtype"]
+    settings: dict[str, Any] = {
+        "trust_remote_code": config.trust_remote_code,
+        "quantization": config.quantization,
+        "dtype": (outline.dtype or torch.float32) if dtype == "auto" else dtype,
+    }
     pairs = training_pairs(config, tokenizer)
     rows, _ = tokenize_pairs(pairs, tokenizer, args.max_prompt_tokens, args.max_continuation_tokens)
     longest, usual = rows_of(rows, args.per_device_train_batch_size)
-    most, mean = (
-        estimate(outline, method, args, config.lora, *lengths, trust_remote_code=config.trust_remote_code)
-        for lengths in (longest, usual)
-    )
+    most, mean = (estimate(outline, method, args, lora, *lengths, **settings) for lengths in (longest, usual))
     steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
     process, loading = psutil.Process().memory_info().rss, 2 * most.parts["weights"]  # the file's pages and the weights
     seconds = None
@@ -86,7 +105,8 @@ def advice(made: Forecast, config: RunConfig) -> str:
     if made.peak <= free:
         return f"fits: {made.peak / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
     ways = {
-        "lora.rank=16": config.lora is None,
+        "lora.r=16": config.lora is None,
+        "quantization=4bit": config.lora is not None and config.quantization is None,
         "training.reference=cached": config.lora is None and config.training.get("reference") != "cached",
         "training.gradient_checkpointing=true": not config.training.get("gradient_checkpointing"),
         "a smaller training.per_device_train_batch_size with training.gradient_accumulation_steps": True,
@@ -115,6 +135,7 @@ def machine() -> dict[str, str]:
         data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
     elif not Path(data).is_dir():
         data = f"EXPUNGE_DATA={data}, which is no folder"
+    reporters = integration_utils.get_available_reporting_integrations()
     return {
         "expunge": f"{found['expunge']}, Python {found['python']}",
         "libraries": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
@@ -122,5 +143,14 @@ def machine() -> dict[str, str]:
         "memory": f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB are free",
         "cache": f"{cache}: {held / 1e9:.1f} GB, {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
         "data": data,
+        "quantization": _bitsandbytes(),
+        "reports": ", ".join(reporters) or "no package for training.report_to (wandb, trackio, tensorboard) is installed",
         "offline": "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no",
     }
+
+
+def _bitsandbytes() -> str:
+    try:
+        return f"bitsandbytes {version('bitsandbytes')}"
+    except PackageNotFoundError:
+        return "bitsandbytes is not installed: no 4bit or 8bit (pip install 'expunge[quant]')"
