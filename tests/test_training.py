@@ -337,8 +337,8 @@ def test_weights_in_half_precision_are_warned_of_as_small_updates_are_lost(train
     model = tiny_model(dtype=dtype)
     before = copy.deepcopy(model.state_dict())
     trained(REPO(), model, learning_rate=1e-6, warmup_steps=0)
-    same = [torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if tensor.ndim == 2]
-    assert (sum(same) > len(same) / 2) is (dtype == torch.bfloat16)
+    moved = torch.cat([(tensor != before[name]).flatten() for name, tensor in model.state_dict().items()])
+    assert (moved.float().mean().item() < 0.1) is (dtype == torch.bfloat16)
     assert ("small updates round to nothing" in caplog.text) is (dtype == torch.bfloat16)
 
 

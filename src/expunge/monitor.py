@@ -7,6 +7,7 @@ Each call adds rows with `step` to the file, of stage "train": toxicity, perplex
 which is measured when the monitor is made. Rows of later steps, which a resumed run takes again, go first.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def light_plan(samples: int, tokens: int, like: EvaluationConfig) -> EvaluationP
 
 
 class Monitor:
-    """A measurement for `UnlearnTrainer`. path: where rows go, or None; common: fields of every row, such as `method`."""
+    """A measurement for `UnlearnTrainer`. path: where rows go, or None; about: fields of every row, such as `method`."""
 
     def __init__(
         self,
@@ -46,12 +47,12 @@ class Monitor:
         plan: EvaluationPlan,
         scorer: Scorer,
         path: Path | None = None,
-        **common: Any,
+        about: Mapping[str, Any] | None = None,
     ):
         if not (data.challenge or data.corpora):
             raise ExpungeError("training.eval_strategy: nothing to measure; give monitor.prompts, monitor.corpus or both")
         self.tokenizer, self.data, self.plan, self.scorer, self.path = tokenizer, data, plan, scorer, path
-        self.common = {"stage": "train", "subject": "unlearned", "seed": plan.seed, **common}
+        self.common = {"stage": "train", "subject": "unlearned", "seed": plan.seed, **(about or {})}
         self.reference = self._measured(model)
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:

@@ -289,8 +289,8 @@ def _train(config: RunConfig, args: UnlearnConfig, pairs: Sequence[Pair], folder
     if data := monitor_data(config, args, tokenizer):
         plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
         path = folder / "checkpoints.jsonl" if is_main_process() else None
-        common = {"run": folder.name, "model": config.model, "method": method.name}
-        monitor = Monitor(model, tokenizer, data, plan, load_scorer(config.monitor.scorer), path, **common)
+        about = {"run": folder.name, "model": config.model, "method": method.name}
+        monitor = Monitor(model, tokenizer, data, plan, load_scorer(config.monitor.scorer), path, about)
     set_seed(args.seed)
     if config.lora is not None:
         model = add_lora(model, config.revision, **lora)
