@@ -76,6 +76,9 @@ def load_model(
         )
         if adapter:
             model = adapter.onto(model, len(tokenizer))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after an evaluation its gradients would be wrong, in silence:
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50 keeps the layout of a kernel without backward
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ExpungeError(
             f"{name}: device_map={device_map!r} leaves parts of it off the accelerators, where weights can be neither "
@@ -133,6 +136,11 @@ def _readable(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+        if "trust_remote_code" in str(error):
+            raise ExpungeError(
+                f"{name}: comes with code of its own; read it, and if you trust it, run it with --trust-remote-code "
+                "(trust_remote_code=True)"
+            ) from None
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
 
