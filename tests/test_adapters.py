@@ -146,6 +146,22 @@ def test_modules_to_save_are_trained_saved_and_merged(tmp_path, tiny_model, toke
         torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_checkpointed_activations_change_nothing_under_an_adapter(tmp_path, tiny_model, tokenizer, pairs):
+    weights = []
+    for checkpointing in (False, True):
+        model = seeded(tiny_model("llama"), modules_to_save=["norm"])
+        trainer_of(model, tokenizer, pairs, tmp_path, gradient_checkpointing=checkpointing).train()
+        weights.append([parameter for parameter in model.parameters() if parameter.requires_grad])
+    start = [
+        parameter
+        for parameter in seeded(tiny_model("llama"), modules_to_save=["norm"]).parameters()
+        if parameter.requires_grad
+    ]
+    assert not any(torch.equal(one, before) for one, before in zip(weights[0], start, strict=True))
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_folder_is_the_model_that_peft_makes_of_it(base, adapter):
     model, tokenizer = load_model(adapter, dtype="float32")
     torch.testing.assert_close(model(IDS).logits, theirs(adapter), rtol=1e-4, atol=1e-4)

@@ -175,6 +175,7 @@ def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, 
     assert call("train", *settings, "--out", tmp_path / "run") == 0
     assert json.loads((tmp_path / "run/stages/train.json").read_text())["pairs"]["n"] == len(PAIRS)
     assert call("train", *settings, "--out", tmp_path / "other", "--model", home / "model") == 2
+    assert call("train", *settings, "--out", tmp_path / "plain", "--pairs", home / "pairs.jsonl") == 0
 
 
 def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):

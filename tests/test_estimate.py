@@ -81,6 +81,19 @@ def test_parts_follow_from_the_method_and_the_settings(tiny_model):
     assert twice.parts["activations"] == full.parts["activations"]
 
 
+def test_weights_take_what_their_precision_takes(tiny_model):
+    outline = tiny_model().config
+    made = {
+        name: estimate(outline, REPO(), config(), {"r": 2}, dtype=getattr(torch, name)) for name in ("float32", "bfloat16")
+    }
+    adapter = 4 * made["float32"].trained
+    assert made["bfloat16"].parts["weights"] - adapter == (made["float32"].parts["weights"] - adapter) / 2
+    matrices = 3 * 12 * 32 * 32  # of three blocks: attention 4 d^2, feed-forward 8 d^2
+    for kind, size in (("8bit", 1), ("4bit", 0.5 + 1 / 64 + 1 / 4096)):
+        held = estimate(outline, REPO(), config(), {"r": 2}, quantization=kind).parts["weights"]
+        assert made["float32"].parts["weights"] - held == pytest.approx(matrices * (4 - size), rel=1e-4)
+
+
 def test_operations_are_six_for_each_weight_and_token():
     outline = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=1000, bos_token_id=0, eos_token_id=0)
     made = estimate(outline, DPO(), config(reference="cached"), prompt=8, continuation=8)
