@@ -135,8 +135,8 @@ class Adapter:
 
 
 def merge(model: Any) -> PreTrainedModel:
-    """The base with what its adapter has learnt. A head that was trained apart from the embedding is tied to it no more."""
-    inner = model.merge_and_unload()
+    """The base with what its adapter has learnt, as trainable as any model. A head that was trained apart from the embedding is tied to it no more."""
+    inner = model.merge_and_unload().requires_grad_(True)  # PEFT froze it
     if inner.get_output_embeddings().weight is not inner.get_input_embeddings().weight:
         for config in (inner.config, inner.config.get_text_config()):
             config.tie_word_embeddings = False

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -356,6 +357,7 @@ def _hush() -> None:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as library
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     library.disable_progress_bar()
     library.set_verbosity_error()
     hub.set_verbosity_error()
