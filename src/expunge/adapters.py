@@ -135,7 +135,7 @@ class Adapter:
 
 
 def merge(model: Any) -> PreTrainedModel:
-    """The base with what its adapter has learnt, all of it trainable. A head trained apart is tied to the embedding no more."""
+    """The base with what its adapter has learnt, trainable. A head trained apart is no longer tied to the embedding."""
     inner = model.merge_and_unload().requires_grad_(True)  # PEFT froze it
     if inner.get_output_embeddings().weight is not inner.get_input_embeddings().weight:
         for config in (inner.config, inner.config.get_text_config()):
