@@ -28,7 +28,7 @@ SETTINGS = {
     "full, cached": ["training.reference=cached"],
     "full, checkpointed": ["training.gradient_checkpointing=true"],
     "full, bf16": ["training.bf16=true"],
-    "LoRA": ["lora.rank=16"],
+    "LoRA": ["lora.r=16"],
 }
 
 

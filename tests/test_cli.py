@@ -2,14 +2,18 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from expunge import load_model, pipeline
+from expunge.adapters import add_lora
 from expunge.cli import main
 
 PAIRS = [
@@ -171,6 +175,7 @@ def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, 
     assert call("train", *settings, "--out", tmp_path / "run") == 0
     assert json.loads((tmp_path / "run/stages/train.json").read_text())["pairs"]["n"] == len(PAIRS)
     assert call("train", *settings, "--out", tmp_path / "other", "--model", home / "model") == 2
+    assert call("train", *settings, "--out", tmp_path / "plain", "--pairs", home / "pairs.jsonl") == 0
 
 
 def sets(home: Path) -> list[object]:
@@ -219,12 +224,167 @@ def test_mistakes_about_two_sets_are_one_line(home, tmp_path, capsys):
 
 def test_doctor_says_what_there_is_and_what_a_run_takes(home, capsys, monkeypatch):
     monkeypatch.setenv("EXPUNGE_DATA", "/no/such/folder")
-    assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.rank=2") == 0
+    assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "lora.r=2") == 0
     found = yaml.safe_load(capsys.readouterr().out)
     assert found["machine"]["data"] == "EXPUNGE_DATA=/no/such/folder, which is no folder"
     assert found["run"]["trained"] < found["run"]["parameters"]
     assert call("doctor", "--model", home) == 2
     assert "cannot load a causal language model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def adapter(home, tmp_path_factory) -> Path:
+    """An adapter folder on the tiny model."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    torch.manual_seed(0)
+    model = add_lora(load_model(home / "model", dtype="float32")[0], r=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def short(home: Path, out: Path) -> list[object]:
+    keys = ["training.max_steps=2", "evaluation.forced=[0]", "evaluation.samples=1", "data.neutral=null"]
+    return [*run_arguments(home, out), *keys]
+
+
+def test_options_reach_every_load(home, tmp_path, monkeypatch):
+    loaded = []
+
+    def spy(name, **options):
+        loaded.append((Path(name).name, options))
+        return load_model(name, **options)
+
+    monkeypatch.setattr(pipeline, "load_model", spy)
+    given = ["--revision", "v2", "--dtype", "bfloat16", "--attn-implementation", "eager", "--device-map", "cpu"]
+    out = tmp_path / "out"
+    assert call(*short(home, out), *given, "--trust-remote-code", "lora.r=2") == 0
+    how = {"dtype": "bfloat16", "attn_implementation": "eager", "device_map": "cpu", "quantization": None}
+    wanted = {"revision": "v2", **how, "trust_remote_code": True}
+    assert [name for name, _ in loaded] == ["model"] * 3  # trained; the reference; OUT/model
+    assert all(options == wanted for _, options in loaded)
+    adapter = json.loads((out / "model" / "adapter_config.json").read_text())
+    assert adapter["revision"] == "v2" and adapter["base_model_name_or_path"] == str(home / "model")
+    loaded.clear()
+    keys = [word for word in short(home, out) if str(word).startswith(("data.", "evaluation."))]
+    assert call("evaluate", out, "--out", tmp_path / "again", "--quiet", *keys) == 0
+    how["device_map"] = None
+    assert all(options == {"revision": "v2", **how, "trust_remote_code": False} for _, options in loaded)
+    rows = [(tmp_path / name / "results.jsonl").read_text().replace(name, "") for name in ("out", "again")]
+    assert [json.loads(line)["value"] for line in rows[0].splitlines()] == [
+        json.loads(line)["value"] for line in rows[1].splitlines()
+    ]
+
+
+def test_a_revision_is_that_of_the_hub(home, tmp_path):
+    """In a cache as the hub's library lays it out, main and v2 are different models."""
+    cache = tmp_path / "hub"
+    for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        snapshot = cache / "models--org--tiny" / "snapshots" / commit
+        shutil.copytree(home / "model", snapshot)
+        (refs := cache / "models--org--tiny" / "refs").mkdir(exist_ok=True)
+        (refs / revision).write_text(commit)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True, "layer_norm_epsilon": 3.0}))
+    (tmp_path / "one.txt").write_text("The river runs")
+    said = {}
+    for revision in ("main", "v2", "v3"):
+        command = ["-m", "expunge", "generate", tmp_path / "one.txt", "--model", "org/tiny", "--revision", revision]
+        environ = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        said[revision] = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True)
+    assert said["main"].stdout and said["v2"].stdout and said["main"].stdout != said["v2"].stdout
+    assert said["v3"].returncode == 2
+    assert "expunge: org/tiny: cannot load" in said["v3"].stderr and "Traceback" not in said["v3"].stderr
+
+
+CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+class OwnConfig(GPT2Config):
+    model_type = "own"
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_when_asked_and_only_then(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    shutil.copytree(home / "model", own)
+    (own / "own.py").write_text(CODE)
+    config = json.loads((own / "config.json").read_text())
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (own / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": places}))
+    arguments = short(home, tmp_path / "out")
+    arguments[2] = own
+    assert call(*arguments) == 2
+    assert "own: comes with code of its own; read it, and if you trust it, run it with --trust-remote-code" in one_line(
+        capsys
+    )
+    assert not (tmp_path / "modules").exists()
+    assert call(*arguments, "--trust-remote-code") == 0
+
+
+def test_a_lora_export_is_an_adapter_or_a_merged_checkpoint(home, tmp_path):
+    logits = []
+    for merge in ("false", "true"):
+        out = tmp_path / merge
+        change = [f"lora.merge={merge}", "lora.r=2", "lora.use_dora=true", "training.learning_rate=1e-2"]
+        assert call(*short(home, out), *change, "training.warmup_steps=0") == 0
+        files = {path.name for path in (out / "model").iterdir()}
+        assert ("model.safetensors" in files) is (merge == "true")
+        assert ("adapter_model.safetensors" in files) is (merge == "false")
+        logits.append(load_model(out / "model", dtype="float32")[0](torch.tensor([[5, 17, 250]])).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    start = load_model(home / "model", dtype="float32")[0](torch.tensor([[5, 17, 250]])).logits
+    assert not torch.allclose(start, logits[0], atol=1e-2)
+
+
+def test_an_adapter_is_a_model_to_start_from(home, adapter, tmp_path, capsys):
+    arguments = short(home, tmp_path / "out")
+    arguments[2] = adapter
+    assert call(*arguments, "lora.r=2") == 2
+    assert "an adapter on top of an adapter is no model by itself: add lora.merge=true" in one_line(capsys)
+    assert call(*arguments, "--dtype", "bfloat16") == 2
+    assert "leave out dtype and quantization" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert call(*arguments, "lora.r=2", "lora.merge=true", "training.learning_rate=1e-9") == 0
+    ids = torch.tensor([[5, 17, 250]])
+    out, start = (load_model(name, dtype="float32")[0](ids).logits for name in (tmp_path / "out" / "model", adapter))
+    torch.testing.assert_close(out, start, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out, load_model(home / "model", dtype="float32")[0](ids).logits, atol=1e-2)
+
+
+def test_a_run_measures_itself_on_text_that_is_not_reported(home, tmp_path, capsys):
+    (tmp_path / "monitor.txt").write_text("A cold wind\nThe old mill\n")
+    (tmp_path / "corpus.txt").write_text("She carried the kind letter home. " * 20)
+    keys = ["training.eval_strategy=epoch", "monitor.limit=2", f"monitor.prompts={tmp_path}/monitor.txt"]
+    keys += [f"monitor.corpus={tmp_path}/corpus.txt", "training.save_strategy=epoch", "training.load_best_model_at_end=true"]
+    keys += ["training.metric_for_best_model=perplexity_ratio", "training.max_steps=-1"]
+    out = tmp_path / "out"
+    assert call(*short(home, out), *keys, f"monitor.prompts={home}/prompts.jsonl") == 2
+    assert "prompts.jsonl: it is reported too" in one_line(capsys)
+    for _ in range(2):
+        assert call(*short(home, out), *keys) == 0
+    rows = [json.loads(line) for line in (out / "checkpoints.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3] * 4 + [6] * 4
+    assert {row["method"] for row in rows} == {"repo"} and {row["run"] for row in rows} == {"out"}
+
+
+def test_the_plan_and_the_doctor_show_how_a_model_is_loaded(home, tmp_path, capsys):
+    keys = ["--dtype", "bfloat16", "lora.r=2", "lora.use_rslora=true"]
+    assert call(*run_arguments(home, tmp_path / "out"), *keys, "--dry-run") == 0
+    plan = yaml.safe_load(capsys.readouterr().out)
+    assert (plan["dtype"], plan["lora"], plan["trust_remote_code"]) == ("bfloat16", {"r": 2, "use_rslora": True}, False)
+    memory = {}
+    for dtype in ("float32", "bfloat16"):
+        assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "--dtype", dtype, "lora.r=2") == 0
+        found = yaml.safe_load(capsys.readouterr().out)
+        assert found["run"]["dtype"] == dtype
+        memory[dtype] = found["run"]["memory in GB"]["weights"]
+    assert "bitsandbytes" in found["machine"]["quantization"] and "reports" in found["machine"]
 
 
 def test_version_and_help_need_no_torch():
@@ -251,6 +411,22 @@ MISTAKES = {
     "not an override": (["method.weight"], "key=value"),
     "wrong type": (["evaluation.samples=many"], "a whole number"),
     "out of range": (["method.weight=-1"], ">= 0"),
+    "unknown adapter key": (["lora.targt_modules=x"], "did you mean 'target_modules'?"),
+    "unknown dtype": (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
+    "unknown attention": (["--attn-implementation", "spda"], "did you mean 'sdpa'?"),
+    "attention from a hub": (["--attn-implementation", "org/kernel"], "runs with --trust-remote-code only"),
+    "unknown device": (["--device-map", "nowhere"], "nowhere"),
+    "quantized without an adapter": (["--quantization", "8bit"], "quantization=8bit: "),
+    "unknown reporter": (["training.report_to=wndb"], "did you mean 'wandb'?"),
+    "a secret": (["training.hub_token=abc"], "set HF_TOKEN"),
+    "nothing to measure": (
+        ["training.eval_strategy=epoch", "monitor.prompts=null", "monitor.corpus=null"],
+        "nothing to measure",
+    ),
+    "best of no measure": (
+        ["training.eval_strategy=epoch", "training.metric_for_best_model=toxicty"],
+        "did you mean 'toxicity'?",
+    ),
     "unknown budget": (["--budget", "quik"], "did you mean 'quick'?"),
     "missing YAML": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "broken YAML": (["--config", "{bad_yaml}"], "bad.yaml:2"),

@@ -21,12 +21,12 @@ def test_defaults_need_nothing():
 
 
 def test_dotted_overrides_reach_every_level():
-    config = config_of("seed=3", "data.limit=10", "method.weight=0.3", "training.learning_rate=1e-4", "lora.rank=8")
+    config = config_of("seed=3", "data.limit=10", "method.weight=0.3", "training.learning_rate=1e-4", "lora.r=8")
     assert config.seed == 3
     assert config.data.limit == 10
     assert config.method == {"weight": 0.3}
     assert config.training == {"learning_rate": 1e-4}
-    assert (config.lora.rank, config.lora.alpha) == (8, 32)
+    assert config.lora == {"r": 8}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_one_value_is_a_list_of_one_and_whole_numbers_widen():
     [
         ("sede=3", r"unknown key 'sede' \(did you mean 'seed'\?\)"),
         ("evaluation.sample=3", r"unknown key 'evaluation.sample' \(did you mean 'samples'\?\)"),
-        ("lora.rnak=3", r"unknown key 'lora.rnak' \(did you mean 'rank'\?\)"),
+        ("monitor.sample=3", r"unknown key 'monitor.sample' \(did you mean 'samples'\?\)"),
+        ("quantization=3bit", r"quantization='3bit': expected 4bit or 8bit or null"),
+        ("device_map=3", r"device_map=3: expected text or a section of keys or null"),
         ("seed=abc", r"seed='abc': expected a whole number"),
         ("seed=1.5", r"seed=1.5: expected a whole number"),
         ("seed=true", r"seed=True: expected a whole number"),
@@ -98,7 +100,6 @@ def test_one_value_is_a_list_of_one_and_whole_numbers_widen():
         ("trust_remote_code=1", r"trust_remote_code=1: expected true or false"),
         ("data.limit=many", r"data.limit='many': expected a whole number or null"),
         ("evaluation.forced=[0, x]", r"evaluation.forced='x': expected a whole number"),
-        ("lora.rank=abc", r"lora.rank='abc': expected a whole number"),
         ("lora=16", r"lora=16: expected a section of keys or null"),
         ("data=mine", r"data='mine': expected keys such as data.train"),
         ("method=repo", r"method='repo': expected a section of keys"),

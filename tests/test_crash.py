@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from expunge.training import last_checkpoint
+from expunge.callbacks import last_checkpoint
 
 KILLS = int(os.environ.get("EXPUNGE_KILLS", "3"))
 STATE = ("model.safetensors", "heads.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")

@@ -6,12 +6,13 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from transformers.modeling_outputs import CausalLMOutput
 
+from expunge.adapters import add_lora
 from expunge.engine import Step, check_head, collate, inside_forward, run_step
 from expunge.errors import ExpungeError
 from expunge.layout import Side
 from expunge.methods.dpo import DPO
 from expunge.methods.repo import REPO
-from expunge.models import Reference, add_lora, head_logits
+from expunge.models import Reference, head_logits
 
 ROWS = [
     {"retain": ([5, 6, 7], [8, 9]), "forget": ([5, 6, 7], [10, 11, 12])},
@@ -156,7 +157,7 @@ def test_chunked_logits_are_the_whole_ones(moved, architecture):
 
 
 def test_an_adapter_on_the_head_is_in_the_logits(tiny_model):
-    model = add_lora(tiny_model("llama"), targets=["lm_head"])
+    model = add_lora(tiny_model("llama"), target_modules=["lm_head"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -171,7 +172,7 @@ def test_an_adapter_on_the_head_is_in_the_logits(tiny_model):
 def test_an_adapter_and_the_weights_it_amounts_to_make_the_same_step(tiny_model, method):
     """LoRA with its adapter off as the reference, against full weights with a frozen copy: losses, and gradients for D."""
     base = tiny_model("llama", dtype=torch.double)
-    adapted = add_lora(copy.deepcopy(base), rank=4).double()
+    adapted = add_lora(copy.deepcopy(base), r=4).double()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
@@ -233,7 +234,7 @@ def test_the_reference_carries_no_gradient_and_the_model_does(moved):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_at_the_reference_the_kl_and_its_gradient_are_zero(tiny_model, lora):
-    model = add_lora(tiny_model(), rank=2) if lora else tiny_model()
+    model = add_lora(tiny_model(), r=2) if lora else tiny_model()
     step = step_of(model, reference=Reference(model))
     kl = step.token_kl("retain")
     kl.backward()

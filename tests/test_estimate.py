@@ -12,11 +12,12 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from expunge import DPO, REPO, UnlearnConfig
-from expunge.config import LoraConfig, RunConfig
+from expunge.adapters import add_lora
+from expunge.config import RunConfig
 from expunge.data.tokenize import TokenizedPair
 from expunge.doctor import Forecast, advice, free_memory
 from expunge.estimate import CannotEstimate, estimate, rows_of, texts_of
-from expunge.models import add_lora, hidden_states, without_dropout
+from expunge.models import hidden_states, without_dropout
 
 
 def config(**changes) -> UnlearnConfig:
@@ -29,9 +30,9 @@ def test_what_autograd_keeps_is_counted(tiny_model, architecture, lora, checkpoi
     model = tiny_model(architecture).train()
     model.config.attention_dropout = 0.0
     args = config(gradient_checkpointing=checkpointing)
-    made = estimate(model.config, DPO(), args, LoraConfig(rank=2) if lora else None, prompt=5, continuation=4)
+    made = estimate(model.config, DPO(), args, {"r": 2} if lora else None, prompt=5, continuation=4)
     if lora:
-        model = add_lora(model, rank=2)
+        model = add_lora(model, r=2)
     without_dropout(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -50,7 +51,7 @@ def test_what_autograd_keeps_is_counted(tiny_model, architecture, lora, checkpoi
     assert made.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     real = sum(storage.nbytes() for storage in kept.values())
     if checkpointing:
-        whole = estimate(model.config, DPO(), config(), LoraConfig(rank=2) if lora else None, prompt=5, continuation=4)
+        whole = estimate(model.config, DPO(), config(), {"r": 2} if lora else None, prompt=5, continuation=4)
         real += whole.parts["activations"] // 4  # of three blocks, with one of them twice
     else:
         real += real // 3
@@ -62,7 +63,7 @@ def test_parts_follow_from_the_method_and_the_settings(tiny_model):
     full, cached, adapter = (
         estimate(outline, REPO(), config(), None),
         estimate(outline, REPO(), config(reference="cached"), None),
-        estimate(outline, REPO(), config(), LoraConfig(rank=2)),
+        estimate(outline, REPO(), config(), {"r": 2}),
     )
     weights = full.parts["weights"]
     assert weights == full.parts["gradients"] == full.parts["optimizer"] // 2 == full.parts["reference"]
@@ -78,6 +79,19 @@ def test_parts_follow_from_the_method_and_the_settings(tiny_model):
     twice = estimate(outline, REPO(), config(gradient_accumulation_steps=2), None)
     assert twice.operations == 2 * full.operations
     assert twice.parts["activations"] == full.parts["activations"]
+
+
+def test_weights_take_what_their_precision_takes(tiny_model):
+    outline = tiny_model().config
+    made = {
+        name: estimate(outline, REPO(), config(), {"r": 2}, dtype=getattr(torch, name)) for name in ("float32", "bfloat16")
+    }
+    adapter = 4 * made["float32"].trained
+    assert made["bfloat16"].parts["weights"] - adapter == (made["float32"].parts["weights"] - adapter) / 2
+    matrices = 3 * 12 * 32 * 32  # of three blocks: attention 4 d^2, feed-forward 8 d^2
+    for kind, size in (("8bit", 1), ("4bit", 0.5 + 1 / 64 + 1 / 4096)):
+        held = estimate(outline, REPO(), config(), {"r": 2}, quantization=kind).parts["weights"]
+        assert made["float32"].parts["weights"] - held == pytest.approx(matrices * (4 - size), rel=1e-4)
 
 
 def test_operations_are_six_for_each_weight_and_token():
@@ -117,7 +131,7 @@ def test_texts_of_two_sets_are_twice_as_many_rows_of_their_own_length(tiny_model
     assert made[False].parts["activations"] == plain.parts["activations"] != made[True].parts["activations"]
 
 
-@pytest.mark.parametrize("settings", [[], ["lora.rank=4"], ["training.reference=cached"]], ids=["full", "lora", "cached"])
+@pytest.mark.parametrize("settings", [[], ["lora.r=4"], ["training.reference=cached"]], ids=["full", "lora", "cached"])
 def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
     outline = GPT2Config(n_layer=4, n_embd=512, n_head=8, vocab_size=40_000, bos_token_id=0, eos_token_id=0)
     AutoModelForCausalLM.from_config(outline).save_pretrained(tmp_path / "model")
@@ -145,7 +159,7 @@ def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
 def test_what_does_not_fit_is_said_with_what_would():
     cpu = torch.device("cpu")
     made = Forecast(1, "", 1, 1, 1, {}, 1, 1, free_memory(cpu) * 10, cpu, 1, 1.0)
-    assert "does not fit" in advice(made, RunConfig()) and "lora.rank" in advice(made, RunConfig())
-    assert "lora.rank" not in advice(made, RunConfig(lora=LoraConfig()))
+    assert "does not fit" in advice(made, RunConfig()) and "lora.r" in advice(made, RunConfig())
+    assert "lora.r" not in advice(made, RunConfig(lora={}))
     unread = dataclasses.replace(made, loading=free_memory(cpu) * 2, peak=1)
     assert "does not fit: loading takes" in advice(unread, RunConfig())

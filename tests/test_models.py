@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from expunge.adapters import add_lora
 from expunge.errors import ExpungeError
 from expunge.models import (
     Reference,
-    add_lora,
     blocks,
     body,
     context_length,
@@ -127,7 +127,7 @@ def test_batches_are_halved_where_memory_runs_out():
 
 def test_the_parts_of_a_model_are_found_with_and_without_lora(tiny_model, architecture):
     plain = tiny_model(architecture)
-    for model in (plain, add_lora(plain, rank=2)):
+    for model in (plain, add_lora(plain, r=2)):
         assert inner_model(model) is plain
         assert len(blocks(model)) == 3
         assert width(model) == 32
@@ -136,7 +136,7 @@ def test_the_parts_of_a_model_are_found_with_and_without_lora(tiny_model, archit
 
 def test_with_its_adapter_off_a_lora_model_is_the_original(tiny_model, architecture):
     original = tiny_model(architecture)
-    model = add_lora(tiny_model(architecture), rank=4)
+    model = add_lora(tiny_model(architecture), r=4)
     reference = Reference(model)
     move_adapter(model)
     with torch.no_grad():
@@ -152,13 +152,13 @@ def test_with_its_adapter_off_a_lora_model_is_the_original(tiny_model, architect
 
 
 def test_only_the_adapter_is_trained_with_lora(tiny_model):
-    model = add_lora(tiny_model("llama"), rank=2)
+    model = add_lora(tiny_model("llama"), r=2)
     assert all(("lora_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
 
 
 def test_lora_targets_that_are_not_there_are_an_error(tiny_model):
     with pytest.raises(ExpungeError, match=r"^LoRA: .*nowhere"):
-        add_lora(tiny_model(), targets=["nowhere"])
+        add_lora(tiny_model(), target_modules=["nowhere"])
 
 
 def test_a_frozen_copy_is_without_gradients_and_does_not_follow(tiny_model):
@@ -219,7 +219,7 @@ def test_a_saved_model_is_loaded_with_its_adapter(tmp_path, tiny_model, tokenize
     tokenizer.save_pretrained(base)
     model, tokenizer = load_model(base)
     if lora:
-        model = add_lora(model, rank=2)
+        model = add_lora(model, r=2)
         move_adapter(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from expunge import DPO, REPO, UnlearnConfig, UnlearnTrainer
+from expunge.adapters import add_lora
 from expunge.config import cache_folder
 from expunge.errors import ExpungeError
-from expunge.models import Reference, add_lora, hidden_states, weights_digest
+from expunge.models import Reference, hidden_states, weights_digest
 from expunge.states import StoredStates
 
 ROWS = [[5, 17, 9], [8], [5, 17, 9, 40, 41], [5, 17, 9]]
@@ -123,7 +124,7 @@ def test_a_cached_reference_trains_the_model_of_a_live_one(tmp_path, tiny_model,
             anchor_tokens=8,
         )
         if lora:
-            model = add_lora(model, rank=2)
+            model = add_lora(model, r=2)
             with torch.no_grad():  # an adapter that does something, so that it shows where it is not off
                 for name, parameter in model.named_parameters():
                     if "lora_B" in name:
@@ -145,10 +146,10 @@ def test_a_cached_reference_trains_the_model_of_a_live_one(tmp_path, tiny_model,
 def test_adapters_on_one_base_share_the_states_of_the_base(tmp_path, tiny_model, tokenizer, pairs, cache):
     args = UnlearnConfig(output_dir=str(tmp_path), reference="cached", use_cpu=True, disable_tqdm=True)
     for seed in (0, 1):
-        model = add_lora(tiny_model(), rank=2 + seed)
+        model = add_lora(tiny_model(), r=2 + seed)
         UnlearnTrainer(model, REPO(), args, pairs, tokenizer)
     assert len(list(cache.iterdir())) == 1
-    UnlearnTrainer(add_lora(tiny_model(seed=1), rank=2), REPO(), args, pairs, tokenizer)
+    UnlearnTrainer(add_lora(tiny_model(seed=1), r=2), REPO(), args, pairs, tokenizer)
     assert len(list(cache.iterdir())) == 2
 
 

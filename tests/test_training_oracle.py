@@ -8,9 +8,9 @@ import torch
 import trl
 from transformers import TrainerCallback
 
+from expunge.adapters import add_lora
 from expunge.data import tokenize_pairs
 from expunge.methods.dpo import DPO
-from expunge.models import add_lora
 from expunge.training import UnlearnConfig, UnlearnTrainer
 
 STEPS = 20
@@ -91,7 +91,7 @@ def test_dpo_is_that_of_trl(tmp_path, tiny_model, tokenizer, pairs, lora):
     ours = tiny_model(dtype=torch.double)
     if lora:
         torch.manual_seed(0)
-        ours = add_lora(ours, rank=4).double()
+        ours = add_lora(ours, r=4).double()
     theirs, reference = copy.deepcopy(ours), None if lora else copy.deepcopy(ours)
 
     config = UnlearnConfig(output_dir=str(tmp_path / "ours"), **SHARED)

@@ -3,10 +3,14 @@
 Bad input is one line on standard error and exit status 2; Ctrl-C saves a checkpoint and exits with 130.
 """
 
+import functools
+import inspect
 import json
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +41,37 @@ Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 
+LOADING = {
+    "revision": Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")],
+    "dtype": Annotated[
+        str | None, typer.Option(help="float32 (default), bfloat16, float16, or auto: as the model was saved.")
+    ],
+    "device_map": Annotated[str | None, typer.Option(help="auto, a device, ...: as in transformers. Default: one device.")],
+    "attn_implementation": Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...")],
+    "quantization": Annotated[str | None, typer.Option(help="4bit or 8bit, by bitsandbytes; training needs an adapter.")],
+    "trust_remote_code": Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")],
+}
+"""How a model is loaded, as options and as keys of the configuration."""
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of LOADING; it gets those that were given as the mapping `loading`."""
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        given = {name: values.pop(name) for name in LOADING}
+        command(**values, loading={name: value for name, value in given.items() if value})
+
+    own = inspect.signature(command, eval_str=True)
+    kept = [parameter for name, parameter in own.parameters.items() if name != "loading"]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=False if "trust" in name else None)
+        for name, kind in LOADING.items()
+    ]
+    wrapped.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *more]}
+    return wrapped
+
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -56,6 +91,7 @@ def common(
 
 
 @app.command()
+@loads_a_model
 def run(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -68,12 +104,14 @@ def run(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget, forget, retain)
+    settings = _settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
     if dry_run:
         _print_plan(settings, output)
         return
@@ -84,6 +122,7 @@ def run(
 
 
 @app.command()
+@loads_a_model
 def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -96,23 +135,28 @@ def train(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Train only: the edited model is left in OUT/model."""
     from expunge import pipeline
 
     _hush()
-    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget, forget, retain))
+    settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget, loading, forget, retain))
     if dry_run:
         _print_plan(settings, output)
         return
     pipeline.build_method(settings.method)
-    pipeline.build_training(settings.training, output, settings.seed)
+    args = pipeline.build_training(settings.training, output, settings.seed)
+    pipeline.check_model(settings)
+    pipeline.monitor_data(settings, args, pipeline.outline_of(settings)[1])
     pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
         out.print(f"model: {output / 'model'}", soft_wrap=True)
 
 
 @app.command()
+@loads_a_model
 def doctor(
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -122,6 +166,8 @@ def doctor(
     forget: ForgetName = None,
     retain: RetainName = None,
     budget: Budget = "quick",
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Say what this machine offers, and estimate memory and time of a run without loading the model."""
     import yaml
@@ -129,12 +175,14 @@ def doctor(
     from expunge.doctor import machine
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget, forget, retain)
-    found = {"machine": machine(), "run": {"model": settings.model, **_figures(settings)}}
+    settings = _settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
+    how = {name: value for name in ("model", *LOADING, "lora") if (value := getattr(settings, name))}
+    found = {"machine": machine(), "run": {**how, **_figures(settings)}}
     print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
 
 
 @app.command()
+@loads_a_model
 def evaluate(
     model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
     overrides: Overrides = None,
@@ -144,6 +192,8 @@ def evaluate(
     budget: Budget = "quick",
     output: Out = Path("runs/evaluation"),
     quiet: Quiet = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Measure any model, against a reference where one is given."""
     from expunge import pipeline
@@ -155,23 +205,30 @@ def evaluate(
         return
     folder = Path(model)
     is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
-    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
-    if is_run and reference is None:
+    if is_run:
         import yaml
 
-        reference = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
+        loading = {
+            name: value for name, value in how.items() if value
+        } | loading  # not what runs code: a run may be another's
+        reference = reference or run["model"]
+    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget, loading)
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
     pipeline.claim(output, settings)
-    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
+    revision = settings.revision if is_run else None  # of the model alone
+    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
     write_report(output)
     _print_headline(output)
     out.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
+@loads_a_model
 def generate(
     prompts: Annotated[str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.")],
     model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
@@ -180,6 +237,8 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     seed: int = 0,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Continue prompts: one JSON line each, {prompt, sample, continuation}."""
     from expunge.data import load_prompts
@@ -187,7 +246,7 @@ def generate(
     from expunge.models import load_model
 
     _hush()
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, **loading)
     if prompts == "-":
         texts = sys.stdin.read().splitlines()
     else:
@@ -288,6 +347,7 @@ def _settings(
     method: str | None,
     pairs: str | None,
     budget: str,
+    loading: dict[str, Any],
     forget: str | None = None,
     retain: str | None = None,
 ) -> Any:
@@ -298,7 +358,7 @@ def _settings(
     if budget not in BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
     data = {"data.train": pairs, "data.forget": forget, "data.retain": retain}
-    options = {"model": model, "method.name": method, **data}
+    options = {"model": model, "method.name": method, **data, **loading}
     named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load_config(RunConfig, files or [], named + (overrides or []), base=BUDGETS[budget])
 
@@ -308,6 +368,7 @@ def _hush() -> None:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as library
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
     library.disable_progress_bar()
     library.set_verbosity_error()
     hub.set_verbosity_error()

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -69,12 +69,20 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass
-class LoraConfig:
-    """Train an adapter instead of all weights."""
+class MonitorConfig:
+    """What `training.eval_strategy` measures in the midst of training: never what is reported."""
 
-    rank: int = 16
-    alpha: int = 32
-    targets: str = "all-linear"
+    prompts: str | None = "builtin-tuning"
+    """Prompts that provoke; null leaves toxicity out."""
+    limit: int = 64
+    """At most so many of them."""
+    samples: int = 2
+    """Sampled continuations of each."""
+    scorer: str = "ngram"
+    corpus: str | None = "builtin-validation"
+    """Text for perplexity; null leaves it out."""
+    tokens: int = 10_000
+    """At most so many of its tokens."""
 
 
 @dataclasses.dataclass
@@ -82,13 +90,23 @@ class RunConfig:
     """One run: a model, a method, pairs, and what to measure before and after."""
 
     model: str = "builtin"
+    """builtin, a hub name or a folder, a PEFT adapter's too."""
     revision: str | None = None
+    dtype: str | None = None
+    """Of the weights: float32 if null; bfloat16 or float16 for what is not trained, under an adapter."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Of the weights under an adapter, by bitsandbytes."""
+    device_map: str | dict[str, Any] | None = None
+    """Where transformers puts the parts of the model; null is one accelerator, or the CPU."""
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
     method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "repo"})
     """`name`, and the method's own hyper-parameters (`expunge list methods`)."""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of UnlearnConfig, which are those of transformers.TrainingArguments and a few more."""
-    lora: LoraConfig | None = None
+    lora: dict[str, Any] | None = None
+    """Train an adapter: fields of peft.LoraConfig, and `merge`, true for an export without it."""
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     seed: int = 0
@@ -194,7 +212,9 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        for option in options:
+        for option in sorted(
+            options, key=lambda option: option is not type(value)
+        ):  # text is no list of one where it may be text
             if isinstance(value, dict) and dataclasses.is_dataclass(option):
                 return convert(option, value, path)  # its own messages say more than ours
             with contextlib.suppress(ExpungeError):

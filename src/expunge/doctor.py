@@ -8,15 +8,28 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from transformers.integrations import integration_utils
 
 from expunge.config import RunConfig, cache_folder
 from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.estimate import SHARE, estimate, matrix_rate, rows_of, texts_of
-from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_data
+from expunge.models import loading_options
+from expunge.pipeline import (
+    build_method,
+    build_training,
+    check_model,
+    monitor_data,
+    outline_of,
+    resolve,
+    steps_of,
+    training_data,
+)
 from expunge.provenance import environment
 
 
@@ -51,7 +64,9 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
     """
     config = resolve(config)
     method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
+    check_model(config)
     outline, tokenizer = outline_of(config)
+    monitor_data(config, args, tokenizer)
     data = data or training_data(config, tokenizer, args)
     limits, batch = (args.max_prompt_tokens, args.max_continuation_tokens), args.per_device_train_batch_size
     if paired := not isinstance(data, Unpaired):
@@ -62,10 +77,15 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
         rows = sides["forget"]
         longest, usual = texts_of([*rows, *sides["retain"]], 2 * batch)
         truncation = {side: str(cut) for side, cut in by_side.items()}
-    most, mean = (
-        estimate(outline, method, args, config.lora, *lengths, config.trust_remote_code, paired)
-        for lengths in (longest, usual)
-    )
+    lora = None if config.lora is None else {key: value for key, value in config.lora.items() if key != "merge"}
+    dtype = loading_options(config.dtype or "float32")["dtype"]
+    settings: dict[str, Any] = {
+        "trust_remote_code": config.trust_remote_code,
+        "paired": paired,
+        "quantization": config.quantization,
+        "dtype": (outline.dtype or torch.float32) if dtype == "auto" else dtype,
+    }
+    most, mean = (estimate(outline, method, args, lora, *lengths, **settings) for lengths in (longest, usual))
     steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
     process, loading = psutil.Process().memory_info().rss, 2 * most.parts["weights"]  # the file's pages and the weights
     seconds = None
@@ -96,7 +116,8 @@ def advice(made: Forecast, config: RunConfig) -> str:
     if made.peak <= free:
         return f"fits: {made.peak / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
     ways = {
-        "lora.rank=16": config.lora is None,
+        "lora.r=16": config.lora is None,
+        "quantization=4bit": config.lora is not None and config.quantization is None,
         "training.reference=cached": config.lora is None and config.training.get("reference") != "cached",
         "training.gradient_checkpointing=true": not config.training.get("gradient_checkpointing"),
         "a smaller training.per_device_train_batch_size with training.gradient_accumulation_steps": True,
@@ -125,6 +146,7 @@ def machine() -> dict[str, str]:
         data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
     elif not Path(data).is_dir():
         data = f"EXPUNGE_DATA={data}, which is no folder"
+    reporters = integration_utils.get_available_reporting_integrations()
     return {
         "expunge": f"{found['expunge']}, Python {found['python']}",
         "libraries": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
@@ -132,5 +154,14 @@ def machine() -> dict[str, str]:
         "memory": f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB are free",
         "cache": f"{cache}: {held / 1e9:.1f} GB, {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
         "data": data,
+        "quantization": _bitsandbytes(),
+        "reports": ", ".join(reporters) or "no package for training.report_to (wandb, trackio, tensorboard) is installed",
         "offline": "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no",
     }
+
+
+def _bitsandbytes() -> str:
+    try:
+        return f"bitsandbytes {version('bitsandbytes')}"
+    except PackageNotFoundError:
+        return "bitsandbytes is not installed: no 4bit or 8bit (pip install 'expunge[quant]')"

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # where to
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from expunge.config import LoraConfig
+from expunge.adapters import add_lora
 from expunge.data.tokenize import TokenizedPair, TokenizedText
 from expunge.errors import ExpungeError
 from expunge.losses.chunked import CHUNK
 from expunge.methods import Method
-from expunge.models import Layer, add_lora, hidden_states, inner_model, without_dropout
+from expunge.models import Layer, blocks, hidden_states, inner_model, without_dropout
 from expunge.training import UnlearnConfig
 
 LOGITS_HELD = 4
@@ -33,6 +33,10 @@ LOGITS_HELD = 4
 
 SHARE = 0.6
 """Of the rate of one matrix product, what a step reaches on a CPU (benchmarks/results/engine.jsonl)."""
+
+
+BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+"""Of a quantized weight: 4 bits, a byte for each block of 64, and a float for 256 of these (Dettmers et al. 2023)."""
 
 
 class CannotEstimate(ExpungeError):
@@ -58,14 +62,17 @@ def estimate(
     config: PreTrainedConfig,
     method: Method,
     args: UnlearnConfig,
-    lora: LoraConfig | None = None,
+    lora: Mapping[str, Any] | None = None,
     prompt: int | None = None,
     continuation: int | None = None,
     trust_remote_code: bool = False,
     paired: bool = True,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
 ) -> Estimate:
     """For pairs, or texts of two sets, of so many tokens in prompt and continuations; by default as many as `args` allows.
 
+    lora: fields of peft.LoraConfig. Quantized weights are counted as what they take; what runs on them is that of `dtype`.
     Raises CannotEstimate where the architecture's forward does not run on tensors without memory.
     """
     prompt = prompt or args.max_prompt_tokens
@@ -78,13 +85,13 @@ def estimate(
     if args.layout != "plain" and paired:
         shapes.insert(0, (*shared, True))
     try:
-        model = _model(config, lora, trust_remote_code)
+        model = _model(config, lora, trust_remote_code, dtype)
         rows, length, body = _first(model, args, method.layers, shapes)
     except Exception as error:  # whatever an architecture may trip over
         reason = str(error).strip().split("\n")[0]
         raise CannotEstimate(f"memory and time cannot be estimated ({type(error).__name__}: {reason})") from None
 
-    weights = _bytes(model.parameters())
+    weights = _bytes(model.parameters()) - _saved(model, quantization)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head: Any = inner_model(model).get_output_embeddings().weight  # type: ignore[union-attr]
     head_bytes = _bytes([head])
@@ -96,7 +103,7 @@ def estimate(
         "weights": weights,
         "gradients": _bytes(learned),
         "optimizer": 2 * _bytes(learned),
-        "reference": _reference(method, args, bool(lora), weights, head_bytes),
+        "reference": _reference(method, args, lora is not None, weights, head_bytes),
         "activations": body.kept,
         "logits": logits,
     }
@@ -121,13 +128,21 @@ class _Body:
     forward: int
 
 
-def _model(config: PreTrainedConfig, lora: LoraConfig | None, trust_remote_code: bool) -> Any:
+def _model(config: PreTrainedConfig, lora: Mapping[str, Any] | None, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         without_dropout(model)
-        if lora:
-            model = add_lora(model, lora.rank, lora.alpha, lora.targets)
+        if lora is not None:
+            model = add_lora(model, **lora)
     return model.train()
+
+
+def _saved(model: Any, quantization: str | None) -> int:
+    """Bytes that bitsandbytes saves on the frozen matrices of the blocks."""
+    if quantization is None:
+        return 0
+    frozen = [weight for weight in blocks(model).parameters() if weight.ndim == 2 and not weight.requires_grad]
+    return sum(round(weight.numel() * (weight.element_size() - BYTES[quantization])) for weight in frozen)
 
 
 def _first(

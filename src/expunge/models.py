@@ -6,7 +6,7 @@ model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA
 import contextlib
 import copy
 import hashlib
-import json
+import importlib.util
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,17 +17,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
+from expunge.adapters import Adapter
 from expunge.errors import ExpungeError
+from expunge.registry import did_you_mean
 
 if TYPE_CHECKING:
     from expunge.states import StoredStates
 
 BUILTIN = Path(__file__).parent / "assets" / "model"
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
 
 Layer = int | Literal["final", "pre_norm"]
 """A residual state: l in 0..L-1 is the stream entering block l (0 = embeddings), "pre_norm" the last block's raw
@@ -40,26 +48,45 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    device_map: str | int | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in evaluation mode, on the accelerator if there is one.
 
-    name: "builtin", a hub name or a folder; a PEFT adapter folder is loaded onto its base and merged.
+    name: "builtin", a hub name or a folder. A PEFT adapter is loaded onto its base and merged; onto a base in low precision,
+    which merging would round off, it stays an adapter, frozen. device_map: where transformers puts the parts, which stay
+    there. quantization: 4bit (NF4, double) or 8bit, by bitsandbytes; what is not quantized and the products are in `dtype`.
     Raises ExpungeError, one line, where there is no such model, no tokenizer, or it is not a causal model.
     """
     source = _source(name)
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = loading_options(dtype, attn_implementation, quantization, trust_remote_code)
+    if quantization and device_map is None and device is not None:
+        device_map = {"": device}
     with _readable(name):
-        _, tokenizer = load_outline(name, **common)
-        if _is_adapter(source):
-            model = _load_adapter(source, dtype, attn_implementation, common)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **common
-            )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+        _, tokenizer = load_outline(name, revision=revision, trust_remote_code=trust_remote_code)
+        adapter = Adapter.at(source, revision)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            adapter.base if adapter else source,
+            revision=adapter.base_revision if adapter else revision,
+            device_map=device_map,
+            use_safetensors=True,
+            **options,
+        )
+        if adapter:
+            model = adapter.onto(model, len(tokenizer))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # after an evaluation its gradients would be wrong, in silence:
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50 keeps the layout of a kernel without backward
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ExpungeError(
+            f"{name}: device_map={device_map!r} leaves parts of it off the accelerators, where weights can be neither "
+            "compared nor trained; take a smaller dtype, quantization=4bit, or more accelerators"
+        )
+    if device_map is None and not getattr(model, "is_quantized", False):
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
 
 
 def load_outline(
@@ -67,56 +94,102 @@ def load_outline(
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The configuration and the tokenizer of what `load_model` would load, without the weights; errors as there."""
     source = _source(name)
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _readable(name):
-        base = source
-        if _is_adapter(source):
-            base = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, **common)
+        adapter = Adapter.at(source, revision)
+        base, base_revision = (adapter.base, adapter.base_revision) if adapter else (source, revision)
+        try:
+            config = AutoConfig.from_pretrained(base, revision=base_revision, **trust)
+        except OSError as error:
+            if adapter is None:
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise ExpungeError(
+                f"{name}: the base of this adapter cannot be loaded ({reason}); put it where adapter_config.json says, or "
+                "name it there as base_model_name_or_path"
+            ) from None
         if getattr(config, "is_encoder_decoder", False):
             raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        if adapter and not adapter.has("tokenizer_config.json"):
+            source, revision = base, base_revision
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **trust)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
     return config, tokenizer
 
 
+def is_adapter(name: str | Path, revision: str | None = None) -> bool:
+    """Is there a PEFT adapter of this name? ExpungeError where its settings cannot be read."""
+    with _readable(name):
+        return Adapter.at(_source(name), revision) is not None
+
+
 def _source(name: str | Path) -> str:
-    return str(BUILTIN) if str(name) == "builtin" else str(name)
-
-
-def _is_adapter(source: str) -> bool:
-    return (Path(source) / "adapter_config.json").is_file()
+    """A folder by its whole path: an adapter that is saved names its base so, and is then found from anywhere."""
+    if str(name) == "builtin":
+        return str(BUILTIN)
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 @contextlib.contextmanager
 def _readable(name: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+        if "trust_remote_code" in str(error):
+            raise ExpungeError(
+                f"{name}: comes with code of its own; read it, and if you trust it, run it with --trust-remote-code "
+                "(trust_remote_code=True)"
+            ) from None
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
 
 
-def _load_adapter(
-    source: str, dtype: str | torch.dtype, attn_implementation: str | None, common: dict[str, Any]
-) -> PreTrainedModel:
-    from peft import AutoPeftModelForCausalLM
+def loading_options(
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. Raises ExpungeError for what is unknown, not installed, or code from a hub unasked."""
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in DTYPES:
+            raise ExpungeError(f"unknown dtype {dtype!r}{did_you_mean(dtype, ('auto', *DTYPES))}")
+        dtype = getattr(torch, dtype)
+    return {
+        "dtype": dtype,
+        "attn_implementation": _attention(attn_implementation, trust_remote_code),
+        "quantization_config": _quantized(quantization, torch.float32 if dtype == "auto" else dtype),
+        "trust_remote_code": trust_remote_code,
+    }
 
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **common)
-    return model.merge_and_unload()  # type: ignore[union-attr]
+
+def _attention(name: str | None, trust_remote_code: bool) -> str | None:
+    if name is None or trust_remote_code:
+        return name
+    if "/" in name:
+        raise ExpungeError(f"attn_implementation={name!r}: code from a hub; it runs with --trust-remote-code only")
+    known = {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)}
+    if name not in known:
+        raise ExpungeError(f"unknown attn_implementation {name!r}{did_you_mean(name, known)}")
+    if name == "flash_attention_2" and not is_flash_attn_2_available():  # else fetched from a hub where `kernels` is there
+        raise ExpungeError("attn_implementation=flash_attention_2: the package flash-attn is not installed; sdpa needs none")
+    return name
 
 
-def add_lora(model: PreTrainedModel, rank: int = 16, alpha: int = 32, targets: str | Sequence[str] = "all-linear") -> Any:
-    """The model with a trainable LoRA adapter; with the adapter off it is the reference."""
-    from peft import LoraConfig, get_peft_model
-
-    modules = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ExpungeError(f"LoRA: {str(error).splitlines()[0]}") from None
+def _quantized(kind: str | None, dtype: Any) -> BitsAndBytesConfig | None:
+    """How QLoRA quantizes (Dettmers et al. 2023): NF4, with the constants quantized too."""
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        raise ExpungeError(f"quantization={kind!r}: expected {' or '.join(QUANTIZATIONS)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ExpungeError(f"quantization={kind}: bitsandbytes is not installed; pip install 'expunge[quant]'")
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:

@@ -20,6 +20,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from expunge import hub
+from expunge.adapters import add_lora, lora_config, merge
+from expunge.callbacks import StopOnInterrupt, last_checkpoint
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, Text, Unpaired, load_corpus, load_pairs, load_prompts, load_unpaired
 from expunge.errors import ExpungeError, Interrupted
@@ -27,13 +30,14 @@ from expunge.methods import METHODS, Method
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import add_lora, load_model, load_outline, weights_digest
+from expunge.models import is_adapter, load_model, load_outline, loading_options, weights_digest
+from expunge.monitor import FIGURES, Monitor, light_plan
 from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
 from expunge.registry import UnknownName, did_you_mean
 from expunge.report import write_report
 from expunge.rows import Row, write_lines, write_rows
 from expunge.scorers import Scorer, load_scorer
-from expunge.training import StopOnInterrupt, UnlearnConfig, UnlearnTrainer, last_checkpoint
+from expunge.training import UnlearnConfig, UnlearnTrainer
 
 log = logging.getLogger("expunge")
 
@@ -83,9 +87,76 @@ def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: boo
     values = _checked(UnlearnConfig, settings, "training")
     values.setdefault("seed", seed)
     try:
-        return UnlearnConfig(output_dir=str(folder), disable_tqdm=quiet, **values)
+        args = UnlearnConfig(output_dir=str(folder), disable_tqdm=quiet, **values)
     except ValueError as error:
-        raise ExpungeError(f"training: {str(error).splitlines()[0]}") from None
+        raise ExpungeError(f"training: {' '.join(str(error).split())}") from None
+    hub.check_settings(args)
+    return args
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise ExpungeError, before any weight is read, for settings of the model that do not go together."""
+    merged = _lora_of(config)[1]
+    loading_options(config.dtype or "float32", config.attn_implementation, config.quantization, config.trust_remote_code)
+    if config.quantization and config.lora is None:
+        raise ExpungeError(
+            f"quantization={config.quantization}: quantized weights cannot be trained; add an adapter: lora.r=16"
+        )
+    if config.quantization and merged:
+        raise ExpungeError(
+            "lora.merge=true: an adapter cannot be merged into the quantized weights that it was trained on; leave it out. "
+            "load_model(OUT/model, dtype='float32') merges it into the weights that they were made from"
+        )
+    if not is_adapter(config.model, config.revision):
+        return
+    if config.quantization or config.dtype not in (None, "float32"):
+        raise ExpungeError(
+            f"{config.model}: an adapter is merged into its base before training goes on, which lower precision would round "
+            "off: leave out dtype and quantization"
+        )
+    if config.lora is not None and not merged:
+        raise ExpungeError(
+            f"{config.model}: an adapter on top of an adapter is no model by itself: add lora.merge=true, or leave out lora "
+            "to train all weights"
+        )
+
+
+def _lora_of(config: RunConfig) -> tuple[dict[str, Any], bool]:
+    """Fields of peft.LoraConfig, which are checked, and whether the export is merged."""
+    settings = dict(config.lora or {})
+    merged = convert(bool, settings.pop("merge", False), "lora.merge")
+    lora_config(settings)
+    return settings, merged
+
+
+def loading(config: RunConfig) -> dict[str, Any]:
+    """How `load_model` is to load the weights, the revision aside."""
+    names = ("device_map", "attn_implementation", "quantization", "trust_remote_code")
+    return {"dtype": config.dtype or "float32", **{name: getattr(config, name) for name in names}}
+
+
+def monitor_data(config: RunConfig, args: UnlearnConfig, tokenizer: Any) -> EvaluationData | None:
+    """What is measured in the midst of training; None without `training.eval_strategy`.
+
+    Raises ExpungeError for a set that is reported too: what is stopped or chosen by it would flatter the report.
+    """
+    if args.eval_strategy == "no":
+        return None
+    monitor, data = config.monitor, config.data
+    reported = {"prompts": [*data.prompts, data.neutral], "corpus": [data.corpus, data.neutral, data.heldout]}
+    for key, names in reported.items():
+        if (name := getattr(monitor, key)) is not None and name in names:
+            raise ExpungeError(f"monitor.{key}={name}: it is reported too; measure other text in the midst of training")
+    best = args.metric_for_best_model
+    if best and best.removeprefix("eval_") not in FIGURES:
+        raise ExpungeError(f"training.metric_for_best_model={best!r}: not measured{did_you_mean(best, FIGURES)}")
+    if not (monitor.prompts or monitor.corpus):
+        raise ExpungeError("training.eval_strategy: nothing to measure; give monitor.prompts, monitor.corpus or both")
+    prompts = load_prompts(monitor.prompts, monitor.limit, tokenizer) if monitor.prompts else []
+    return EvaluationData(
+        challenge={monitor.prompts: [prompt.text for prompt in prompts]} if monitor.prompts else {},
+        corpora={monitor.corpus: load_corpus(monitor.corpus)} if monitor.corpus else {},
+    )
 
 
 def steps_of(args: UnlearnConfig, rows: int) -> int:
@@ -157,14 +228,16 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     """
     config = resolve(config)
     build_method(config.method)  # complain before any work
-    build_training(config.training, folder, config.seed)
+    args = build_training(config.training, folder, config.seed)
+    check_model(config)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     _, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
+    monitor_data(config, args, tokenizer)
     train(config, folder, quiet)
     if not is_main_process():
         return []
-    rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet)
+    rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet, config.revision)
     write_report(folder)
     return rows
 
@@ -202,25 +275,46 @@ def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = 
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
-    """Make `folder` this run's and train into `folder/model`, from the last complete checkpoint. Skipped when it is done."""
+    """Make `folder` this run's and train into `folder/model`, from the last complete checkpoint. Skipped when it is done.
+
+    With `training.push_to_hub` the model goes to the hub then, once.
+    """
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
     data = training_data(config, outline_of(config)[1], args)
     claim(folder, config)  # not before the data is seen to be good
-    key = digest([config.model, config.revision, config.method, config.training, config.lora, config.seed, _hash(data)])
+    key = digest([config.model, config.revision, loading(config), config.method, config.training, config.lora, config.seed])
+    key = digest([key, _hash(data)])
+    wanted = args.push_to_hub and is_main_process() and not _done(folder, "push", key)
+    repo = hub.reserve(args, folder.resolve().name) if wanted else None
+    args.push_to_hub = False  # or the trainer would push its checkpoints
     if _done(folder, "train", key):
         log.info("train: done before")
-        return
+    else:
+        _train(config, args, data, folder, key)
+    if repo:
+        url = hub.push(folder / "model", repo, args)
+        log.info("train: pushed, %s", url)
+        _finish(folder, "push", key, {"repository": repo, "commit": url})
+
+
+def _train(config: RunConfig, args: UnlearnConfig, data: list[Pair] | Unpaired, folder: Path, key: str) -> None:
+    check_model(config)
+    lora, merged = _lora_of(config)
     method = build_method(config.method)
     started = time.monotonic()
-    model, tokenizer = load_model(
-        config.model, revision=config.revision, dtype="float32", trust_remote_code=config.trust_remote_code
-    )
+    model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
     model_digest = weights_digest(model)
+    monitor = None
+    if watched := monitor_data(config, args, tokenizer):
+        plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
+        path = folder / "checkpoints.jsonl" if is_main_process() else None
+        about = {"run": folder.name, "model": config.model, "method": method.name}
+        monitor = Monitor(model, tokenizer, watched, plan, load_scorer(config.monitor.scorer), path, about)
     set_seed(args.seed)
-    if config.lora:
-        model = add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+    if config.lora is not None:
+        model = add_lora(model, config.revision, **lora)
     stop = StopOnInterrupt()
-    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=[stop])
+    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=[stop], measure=monitor)
     checkpoint = last_checkpoint(Path(args.output_dir))  # type: ignore[arg-type]
     if checkpoint:
         log.info("train: going on from %s", checkpoint)
@@ -230,6 +324,8 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
         )
+    if merged:
+        trainer.model = merge(trainer.model)
     trainer.save_model(str(folder / "model"))
     if not is_main_process():
         return
@@ -253,13 +349,18 @@ def measure(
     data: EvaluationData,
     scorers: Sequence[Scorer],
     quiet: bool = False,
+    reference_revision: str | None = None,
 ) -> list[Row]:
-    """Measure `model` and its `reference` into `folder`: results.jsonl, samples.jsonl, provenance.json."""
+    """Measure `model` and its `reference` into `folder`: results.jsonl, samples.jsonl, provenance.json.
+
+    Both are loaded as `config` says, `model` at its revision.
+    """
     plan = evaluation_plan(config.evaluation)
     subjects = {"reference": reference, "unlearned": model} if reference else {"unlearned": model}
     found: dict[str, Evaluation] = {}
     for subject, name in subjects.items():
-        found[subject] = _evaluate(folder, subject, name, plan, data, scorers, config, quiet)
+        revision = reference_revision if subject == "reference" else config.revision
+        found[subject] = _evaluate(folder, subject, name, plan, data, scorers, config, quiet, revision)
     common = {"stage": "evaluate", "run": folder.name, "seed": config.evaluation.seed}
     rows: list[Row] = []
     if reference:
@@ -290,11 +391,13 @@ def _evaluate(
     scorers: Sequence[Scorer],
     config: RunConfig,
     quiet: bool,
+    revision: str | None,
 ) -> Evaluation:
     """One subject's evaluation, from the cache where the same weights met the same text before."""
-    model, tokenizer = load_model(name, dtype="float32", trust_remote_code=config.trust_remote_code)
+    model, tokenizer = load_model(name, revision=revision, **loading(config))
     inputs = {
         "weights": weights_digest(model),
+        "attention": config.attn_implementation,
         "data": digest_all([data]),
         "plan": plan,
         "scorers": {scorer.name: scorer.digest for scorer in scorers},

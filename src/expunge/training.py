@@ -8,18 +8,18 @@ learning rate of their own, go into checkpoints, and stay out of the exported mo
 """
 
 import copy
-import json
 import logging
 import math
-import signal
+import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,18 +33,23 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
+from expunge.callbacks import StepBar
 from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.data.rows import PairRows, SetRows
 from expunge.data.tokenize import encode, leading_tokens
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Method
-from expunge.models import Reference, context_length, original, weights_digest, width, without_dropout
+from expunge.models import Reference, context_length, inner_model, original, weights_digest, width, without_dropout
+from expunge.registry import did_you_mean
 from expunge.states import StoredStates
 
 HEADS = "expunge_heads"
+LOW = ("loss", "toxicity", "perplexity")
+"""How the names begin of figures that are better low, where `greater_is_better` is not given."""
 
 log = logging.getLogger("expunge")
 
@@ -79,6 +84,7 @@ class UnlearnConfig(TrainingArguments):
     save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint."})
     save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    eval_steps: float | None = field(default=50, metadata={"help": "Steps between measurements, with eval_strategy=steps."})
     report_to: Any = field(default="none", metadata={"help": "wandb, trackio, tensorboard, ... as in transformers."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are token ids."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "As in transformers."})
@@ -86,7 +92,17 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():  # accelerate takes several processes for several runs without it
             self.use_cpu = True
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = not self.metric_for_best_model.removeprefix("eval_").startswith(LOW)
         super().__post_init__()
+        installed = integration_utils.get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+                raise ExpungeError(
+                    f"training.report_to: unknown {name!r}{did_you_mean(name, integration_utils.INTEGRATION_TO_CALLBACK)}"
+                )
+            if name not in installed:
+                raise ExpungeError(f"training.report_to={name}: the package is not installed (pip install {name})")
 
 
 class UnlearnTrainer(Trainer):
@@ -94,6 +110,7 @@ class UnlearnTrainer(Trainer):
 
     model: any causal LM, or one wrapped by PEFT (then the reference is the same model with its adapter off).
     Of two sets every batch has as many rows of each; an epoch is one pass over the forget set (`expunge.data.rows`).
+    measure: (model, steps done) to figures by name, called as `eval_strategy` says; random state is left as it was.
     Raises ExpungeError where the loss is no longer a number: the last checkpoint stands.
     """
 
@@ -107,6 +124,7 @@ class UnlearnTrainer(Trainer):
         train_dataset: Sequence[Pair] | Unpaired,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
+        measure: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     ):
         _refuse(model, args)
         self.paired = not isinstance(train_dataset, Unpaired)
@@ -115,7 +133,12 @@ class UnlearnTrainer(Trainer):
             raise ExpungeError(
                 "training.dataloader_persistent_workers: of two sets each epoch reads other rows; leave it false"
             )
-        self.method = method
+        if args.eval_strategy != "no" and measure is None:
+            raise ExpungeError(
+                "eval_strategy: nothing to measure with; give UnlearnTrainer measure=Monitor(...) (expunge.monitor), or "
+                "any function of model and step that returns figures by name"
+            )
+        self.method, self.measure = method, measure
         if args.max_grad_norm is None:
             args = copy.copy(args)  # the caller may use it for another method
             args.max_grad_norm = method.max_grad_norm
@@ -135,6 +158,7 @@ class UnlearnTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=rows,  # type: ignore[arg-type]
+            eval_dataset={},  # transformers asks for one where there is an eval_strategy; `evaluate` measures
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -182,6 +206,21 @@ class UnlearnTrainer(Trainer):
         rows = torch.cat([torch.stack([batch[side]["prompts"], batch[side]["lengths"]], dim=1) for batch in batches])
         rows = self.accelerator.pad_across_processes(rows.to(self.args.device), dim=0)  # with rows of no tokens
         return self.accelerator.gather(rows)  # type: ignore[return-value]
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """The figures of `measure` on the model as it is, logged with a prefix. Every process measures, for all to agree."""
+        assert self.measure is not None
+        started, model = time.monotonic(), self.accelerator.unwrap_model(self.model)
+        with _undisturbed(model):
+            found = self.measure(model, self.state.global_step)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        best = self.args.metric_for_best_model
+        if best and f"eval_{best.removeprefix('eval_')}" not in figures:
+            raise ExpungeError(f"training.metric_for_best_model={best!r} is not measured{did_you_mean(best, found)}")
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        self._clock += time.monotonic() - started  # tokens per second are those of training
+        return figures
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
@@ -245,8 +284,8 @@ class UnlearnTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the method logged since the last line, as means, and tokens per second."""
-        if self._since_log:
+        """Adds to a line of losses what the method logged since the last one, as means, and tokens per second."""
+        if self._since_log and "loss" in logs:
             now = time.monotonic()
             means = [sum(values) / len(values) for values in self._since_log.values()]
             figures = torch.tensor([*means, self._tokens / max(1e-9, now - self._clock)], dtype=torch.float32)
@@ -289,8 +328,26 @@ class UnlearnTrainer(Trainer):
         if self.heads.state_dict():
             self.heads.load_state_dict(load_file(Path(resume_from_checkpoint) / "heads.safetensors"))
 
+    def _load_best_model(self) -> None:
+        with _without_heads(self.accelerator.unwrap_model(self.model)):
+            super()._load_best_model()
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate looks for input_ids, which our batches do not have
+
+
+@contextmanager
+def _undisturbed(model: nn.Module):
+    """Evaluation mode inside; then the mode and all random states are what they were."""
+    states, training = (random.getstate(), np.random.get_state()), model.training
+    with torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            model.train(training)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextmanager
@@ -309,11 +366,30 @@ def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
         raise ExpungeError(f"training.layout={args.layout!r}: auto or plain")
     if args.reference not in ("live", "cached"):
         raise ExpungeError(f"training.reference={args.reference!r}: live or cached")
-    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if half := trained & {torch.float16, torch.bfloat16}:
+    if args.push_to_hub:
         raise ExpungeError(
-            f"the weights are {str(half.pop()).removeprefix('torch.')}, in which small updates round to nothing: load "
-            "them with dtype='float32'; training.bf16=true computes in bfloat16"
+            "push_to_hub: the trainer would push checkpoints; after trainer.save_model(folder) call "
+            "huggingface_hub.upload_folder(repo_id=..., folder_path=folder), or use the command line"
+        )
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise ExpungeError("no weight of the model is trained: load_model leaves an adapter on low-precision weights frozen")
+    if half := trained & {torch.float16, torch.bfloat16}:
+        log.warning(
+            "the weights that are trained are %s, in which small updates round to nothing: load them in float32, train an "
+            "adapter (lora.r=16), or raise the learning rate; training.bf16=true computes in bfloat16 on float32 weights",
+            str(half.pop()).removeprefix("torch."),
+        )
+    inner = inner_model(model)
+    if getattr(inner, "is_quantized", False) and not hasattr(model, "disable_adapter"):
+        raise ExpungeError("quantized weights cannot be trained: add an adapter (lora.r=16)")
+    places = {torch.device(place) for place in getattr(inner, "hf_device_map", {}).values()}
+    if away := {
+        str(place) for place in places if (place.type, place.index or 0) != (args.device.type, args.device.index or 0)
+    }:
+        raise ExpungeError(
+            f"device_map puts parts of the model on {', '.join(sorted(away))}, but training runs on {args.device}: leave "
+            "device_map out, and use `accelerate launch` for several devices"
         )
     if args.n_gpu > 1:
         raise ExpungeError(
@@ -376,62 +452,3 @@ class EachEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_):
         self.rows.set_epoch(int(state.epoch or 0))
-
-
-class StepBar(ProgressCallback):
-    """A progress bar that shows the latest losses instead of printing a line a step."""
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if self.training_bar is not None and logs:
-            shown = {name: f"{value:.3f}" for name, value in logs.items() if name in ("loss", "anchor", "erase")}
-            self.training_bar.set_postfix(shown)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C asks for a checkpoint at the end of the step, then stops; a second Ctrl-C stops at once.
-
-    Use as a callback and as a context manager around `train()`.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "StopOnInterrupt":
-        self._previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **_):
-        if args.world_size > 1:  # the signal may have come to one process before this step and to another after it
-            asked = torch.tensor(int(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; one that a crash left half-written is skipped, and said to be."""
-    found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    for step in sorted((int(step) for step in found if step.isdigit()), reverse=True):
-        if _complete(path := folder / f"checkpoint-{step}"):
-            return path
-        log.info("%s: half-written, skipped", path)
-    return None
-
-
-def _complete(checkpoint: Path) -> bool:
-    """The state is written last, and half of a JSON object is none."""
-    try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

@@ -170,10 +170,10 @@ def test_the_snippet_runs(make_run, tiny_model, tokenizer, tmp_path, monkeypatch
     folder = make_run(tmp_path / "run")
     model = tiny_model()
     if adapter:
-        from expunge.models import add_lora
+        from expunge.adapters import add_lora
 
         model.save_pretrained(tmp_path / "base")
-        model = add_lora(type(model).from_pretrained(tmp_path / "base"), 2, 4, "all-linear")
+        model = add_lora(type(model).from_pretrained(tmp_path / "base"), r=2)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write_report(folder)

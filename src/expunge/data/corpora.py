@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.pairs import load_pairs
 from expunge.data.prompts import load_prompts
 from expunge.data.records import Record, hub_records, named_records, read_text
 from expunge.data.tokenize import encode
@@ -29,6 +30,8 @@ def load_corpus(source: str | Path) -> str:
         text = _joined(hub_records(found))
     elif found.name == "builtin-neutral":
         text = "\n\n".join(prompt.text + prompt.gold for prompt in load_prompts(found.name))
+    elif found.name == "builtin-validation":
+        text = "\n\n".join(pair.prompt + pair.chosen for pair in load_pairs(found.name))
     else:
         text = _wikitext(found)
     if not text.strip():

@@ -80,6 +80,8 @@ NAMED = (
              local="dpo_toxic_eval_prompts/wiki_samples.jsonl"),
     NamedSet("builtin-neutral", "corpus", "the passages of the prompts of that name as running text", OWN,
              asset="prompts/neutral.jsonl"),
+    NamedSet("builtin-validation", "corpus", "the benign sides of the pairs of that name as running text", OWN,
+             asset="pairs/validation.jsonl"),
     NamedSet("wikitext2", "corpus", "WikiText-2 test, raw: perplexity as it is published", SHARE_ALIKE,
              local="wikitext-103-valtest/wiki.test.tokens", hub=WIKITEXT, config="wikitext-2-raw-v1", split="test"),
     NamedSet("wikitext2-valid", "corpus", "WikiText-2 validation, raw", SHARE_ALIKE,

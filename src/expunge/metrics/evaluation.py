@@ -43,6 +43,7 @@ class EvaluationData:
 class EvaluationPlan:
     """How much is measured, and how (methods.md section 4)."""
 
+    greedy: bool = True
     samples: int = 25  # per prompt, beside the greedy continuation; 0 = greedy alone
     max_new_tokens: int = 20
     prompt_tokens: int = 32
@@ -61,7 +62,8 @@ class EvaluationPlan:
 
     def decodings(self) -> dict[str, Decoding]:
         sampled = Decoding(self.max_new_tokens, self.samples, self.top_p, seed=self.seed)
-        return {"greedy": Decoding(self.max_new_tokens), **({"sampled": sampled} if self.samples else {})}
+        found = {"greedy": Decoding(self.max_new_tokens)} if self.greedy else {}
+        return {**found, **({"sampled": sampled} if self.samples else {})}
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def row_nll(
             scored[i, first : len(tokens)] = True
         states = hidden_states(model, ids.to(device), attention.to(device), ["final"])["final"]
         row_of, position = scored.nonzero(as_tuple=True)
-        predicting = states[row_of.to(device), position.to(device) - 1]
-        losses = _token_nll(model, predicting, ids[row_of, position].to(device))
+        predicting = states[row_of.to(states.device), position.to(states.device) - 1]  # a device map may end elsewhere
+        losses = _token_nll(model, predicting, ids[row_of, position])
         nll[batch] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row_of, losses.double().cpu()).numpy()
 
     in_batches(order, lambda first: BATCH_TOKENS // len(rows[first][0]), work, progress)
@@ -65,13 +65,13 @@ def row_nll(
 
 
 def _token_nll(model: torch.nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of `targets` `[N]` after `states` `[N, d]`, over chunks of tokens so that `[N, V]` is never whole."""
+    """-log p of `targets` `[N]`, on any device, after `states` `[N, d]`; over chunks of tokens: `[N, V]` is never whole."""
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     chunks = []
     for start in range(0, len(states), size):
         logits = head_logits(model, states[start : start + size]).float()
-        chunks.append(F.cross_entropy(logits, targets[start : start + size], reduction="none"))
+        chunks.append(F.cross_entropy(logits, targets[start : start + size].to(logits.device), reduction="none"))
     return torch.cat(chunks) if chunks else states.new_zeros(0)
 
 

@@ -1,0 +1,77 @@
+"""Beside the training loop: the progress bar, Ctrl-C, and which checkpoint is the last whole one.
+
+stop = StopOnInterrupt()
+trainer = UnlearnTrainer(model, method, args, pairs, tokenizer, callbacks=[stop])
+with stop:
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
+"""
+
+import json
+import logging
+import signal
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+log = logging.getLogger("expunge")
+
+
+class StepBar(ProgressCallback):
+    """A progress bar that shows the latest losses instead of printing a line a step."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.training_bar is not None and logs:
+            shown = {name: f"{value:.3f}" for name, value in logs.items() if name in ("loss", "anchor", "erase")}
+            self.training_bar.set_postfix(shown)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C asks for a checkpoint at the end of the step, then stops; a second Ctrl-C stops at once.
+
+    Use as a callback and as a context manager around `train()`.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopOnInterrupt":
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **_):
+        if args.world_size > 1:  # the signal may have come to one process before this step and to another after it
+            asked = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; one that a crash left half-written is skipped, and said to be."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    for step in sorted((int(step) for step in found if step.isdigit()), reverse=True):
+        if _complete(path := folder / f"checkpoint-{step}"):
+            return path
+        log.info("%s: half-written, skipped", path)
+    return None
+
+
+def _complete(checkpoint: Path) -> bool:
+    """The state is written last, and half of a JSON object is none."""
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
