@@ -1,4 +1,4 @@
-"""PPLM pairs for the built-in model: the prompts of its training pairs, greedy against what a probe pushed.
+"""PPLM pairs for the built-in model: the prompts of its training pairs and more, greedy against what a probe pushed.
 
 `python recipes/builtin/pplm_pairs.py` writes pplm.jsonl and pplm.facts.json in src/expunge/assets/pairs/, with a probe
 fitted on Jigsaw's comments (EXPUNGE_DATA), as Lee et al. 2024 do. It works in chunks; the same command goes on. Settings
@@ -6,27 +6,45 @@ are theirs but for the iterations, 5 instead of 50: on a CPU those took ten time
 """
 
 import json
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from pairs import clean, evaluation_text
+from pairs import STYLES, clean, evaluation_text, passages
 
 from expunge import load_model, load_pairs
 from expunge.data.pair_files import probe_for, write_pairs
 from expunge.data.pplm import PPLM
 from expunge.rows import read_lines, write_lines
-from expunge.scorers import load_scorer
+from expunge.scorers import Scorer, load_scorer
 
 BUILD = Path("build/builtin/pplm.jsonl")
 ASSETS = Path("src/expunge/assets/pairs")
 SCORER = "wordvec"
+FRESH, SEED = 2200, 100_000  # prompts; apart from the seeds of pairs.py
 RECIPE = PPLM(iterations=5)
+
+
+def fresh_prompts(model: Any, tokenizer: Any, scorer: Scorer) -> list[str]:
+    """FRESH more remarks by the model, none of them a prompt of any set in the package."""
+    known = {row["prompt"] for path in ASSETS.parent.glob("p*/*.jsonl") for row in read_lines(path)}
+    [remark] = [style for style in STYLES if style.name == "remark"]
+    found: dict[str, None] = {}
+    for seed in count(SEED):
+        found.update((head, None) for head, _ in passages(model, tokenizer, scorer, remark, seed) if head not in known)
+        if len(found) >= FRESH:
+            return list(found)[:FRESH]
+    raise AssertionError
 
 
 def main() -> None:
     model, tokenizer = load_model("builtin", dtype="float32")
     probe = probe_for(model, tokenizer, "jigsaw")
+    scorer = load_scorer(SCORER)
     prompts = [pair.prompt for pair in load_pairs("builtin")]
-    write_pairs(BUILD, model, tokenizer, prompts, load_scorer(SCORER), RECIPE, probe, lambda *done: print(*done, flush=True))
+    prompts += fresh_prompts(model, tokenizer, scorer)
+    print(f"{len(prompts)} prompts", flush=True)
+    write_pairs(BUILD, model, tokenizer, prompts, scorer, RECIPE, probe, lambda *done: print(*done, flush=True))
     forbidden = evaluation_text()
     made = read_lines(BUILD)
     kept = [pair for pair in made if "=" not in pair["rejected"] and clean(list(pair.values()), forbidden)]

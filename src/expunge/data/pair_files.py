@@ -29,7 +29,7 @@ from expunge.provenance import digest
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import Scorer
 
-CHUNK = 1024  # prompts
+CHUNK = 4096  # prompts: many, so that enough of them are equally long
 PROBE_TOKENS = 128  # read of a text
 
 log = logging.getLogger("expunge")
@@ -57,7 +57,7 @@ def write_pairs(
         "scorer_digest": scorer.digest,
     }
     facts |= {"model_sha256": weights_digest(model), "probe_auc": probe and round(probe.auc, 4)}
-    key = digest([facts, list(prompts), probe and probe.weight.tolist(), probe and probe.bias])
+    key = digest([facts, CHUNK, list(prompts), probe and probe.weight.tolist(), probe and probe.bias])
     parts = path.with_name(f"{path.name}.{key[:12]}.parts")
     reports, pairs, seen = [], [], set()
     for start in range(0, len(prompts), CHUNK):
