@@ -1,11 +1,9 @@
-"""What this machine offers, and what a run would take of it: `expunge doctor`, and the estimate of `--dry-run`.
+"""What would train here, and what a run would take of this machine: `expunge doctor`, and the estimate of `--dry-run`.
 
 made = forecast(RunConfig(model="gpt2"))
 made.peak / 1e9, made.seconds / 3600, advice(made, config)
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from expunge.config import RunConfig, cache_folder
+from expunge.config import RunConfig
 from expunge.data import tokenize_pairs
 from expunge.estimate import SHARE, estimate, matrix_rate, rows_of
 from expunge.pipeline import build_method, build_training, outline_of, resolve, steps_of, training_pairs
-from expunge.provenance import environment
 
 
 @dataclass(frozen=True)
@@ -100,27 +97,9 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def machine() -> dict[str, str]:
-    """What there is to work with, by name, each in a line."""
-    found = environment()
-    cache = cache_folder("")
-    at = next(path for path in (cache, *cache.parents) if path.exists())
-    held = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        device = f"{', '.join(names)}; {free_memory(torch.device('cuda')) / 1e9:.1f} GB of the first are free"
-    data = os.environ.get("EXPUNGE_DATA")
-    if not data:
-        data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
-    elif not Path(data).is_dir():
-        data = f"EXPUNGE_DATA={data}, which is no folder"
-    return {
-        "expunge": f"{found['expunge']}, Python {found['python']}",
-        "libraries": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        "device": device,
-        "memory": f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB are free",
-        "cache": f"{cache}: {held / 1e9:.1f} GB, {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
-        "data": data,
-        "offline": "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no",
-    }
+def device() -> str:
+    """What would train."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; {free_memory(torch.device('cuda')) / 1e9:.1f} GB of the first are free"

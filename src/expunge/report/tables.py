@@ -170,6 +170,16 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
+def to_records(table: Table) -> list[dict[str, Any]]:
+    """Unrounded figures as plain mappings: the fields of `Figure`, then each column as value, low and high; n alone."""
+    records = []
+    for line in table.lines:
+        cells = zip(table.headers[1:-1], line.cells, strict=False)
+        figures = {header: {"value": c.value, "low": c.low, "high": c.high} for header, c in cells}
+        records.append({**line.figure._asdict(), **figures, "n": line.cells[-1].value})
+    return records
+
+
 def _index(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
     """Rows by figure, then by role; ExpungeError where two rows claim one place."""
     index: dict[Figure, dict[str, Row]] = {}
