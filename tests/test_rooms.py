@@ -15,11 +15,13 @@ PACKAGE = Path(expunge.__file__).parent
 FACES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # these may name anything
 FILES = sorted(set(PACKAGE.rglob("*.py")) - FACES)
 
-LEAVES = {"errors", "registry", "config", "rows"}
+LEAVES = {"errors", "registry", "config", "whole", "rows"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": set(),
-    "rows": {"errors"},
+    "whole": {"errors"},
+    "rows": {"errors", "whole"},
+    "claim": {"errors", "whole"},
     "config": {"errors", "registry"},
     "provenance": LEAVES,
     "losses": set(),

@@ -115,8 +115,8 @@ def train(
         return
     pipeline.build_method(settings.method)
     pipeline.build_training(settings.training, output, settings.seed)
-    pipeline.claim(output, settings)
-    pipeline.train(settings, output, quiet)
+    with pipeline.claim(output, settings):
+        pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
         _print_paths({"model": output / "model"}, as_json)
 
@@ -180,9 +180,9 @@ def evaluate(
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
-    pipeline.claim(output, settings)
-    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
-    write_report(output)
+    with pipeline.claim(output, settings):
+        pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet)
+        write_report(output)
     _print_headline(output, as_json)
 
 

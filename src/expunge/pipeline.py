@@ -6,6 +6,7 @@
 A stage leaves `OUT/stages/NAME.json` with a hash of its inputs; the same command goes on where it was cut off.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from expunge.claim import claimed
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
 from expunge.errors import ExpungeError, Interrupted
@@ -34,6 +35,7 @@ from expunge.report import write_report
 from expunge.rows import Row, write_lines, write_rows
 from expunge.scorers import Scorer, load_scorer
 from expunge.training import StopOnInterrupt, UnlearnConfig, UnlearnTrainer, last_checkpoint
+from expunge.whole import whole, write_text
 
 log = logging.getLogger("expunge")
 
@@ -142,45 +144,18 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     _, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
-    claim(folder, config)
-    train(config, folder, quiet)
-    if not is_main_process():
-        return []
-    rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet)
-    write_report(folder)
+    with claim(folder, config):
+        train(config, folder, quiet)
+        if not is_main_process():
+            return []
+        rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet)
+        write_report(folder)
     return rows
 
 
-def claim(folder: Path, config: RunConfig) -> None:
-    """Make `folder` this run's; ExpungeError where it holds another run or something else."""
-    if not is_main_process():
-        return
-    path = folder / "config.yaml"
-    wanted = dataclasses.asdict(config)
-    if path.exists():
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        difference = _first_difference(found, wanted, "", ignore=MEASURED)
-        if difference:
-            raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_text(path, yaml.safe_dump(wanted, sort_keys=False))
-    except OSError as error:
-        raise ExpungeError(f"{folder}: cannot write there ({error.strerror})") from None
-
-
-def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = ()) -> str | None:
-    if path in ignore:
-        return None
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            found = _first_difference(there.get(key), here.get(key), f"{path}.{key}".lstrip("."), ignore)
-            if found:
-                return found
-        return None
-    return None if there == here else f"{path} is {there!r} there and {here!r} here"
+def claim(folder: Path, config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Hold `folder` for this run inside a `with`: see `claimed`."""
+    return claimed(folder, dataclasses.asdict(config), MEASURED) if is_main_process() else contextlib.nullcontext()
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
@@ -211,9 +186,11 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
         )
-    trainer.save_model(str(folder / "model"))
     if not is_main_process():
+        trainer.save_model(str(folder / "model"))  # gives its part
         return
+    with whole(folder / "model") as temporary:
+        trainer.save_model(str(temporary))
     write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
         "reference_sha256": model_digest,
@@ -314,7 +291,7 @@ def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]
         "seconds": round(sum(stage.get("seconds", 0) for stage in stages.values()), 1),
         "peak_memory_bytes": max((stage.get("peak_memory_bytes", 0) for stage in stages.values()), default=0),
     }
-    _write_text(folder / "provenance.json", json.dumps(facts, indent=2))
+    write_text(folder / "provenance.json", json.dumps(facts, indent=2))
 
 
 def _hash(pairs: Sequence[Pair]) -> str:
@@ -327,11 +304,4 @@ def _done(folder: Path, stage: str, key: str) -> bool:
 
 
 def _finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
-    _write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))

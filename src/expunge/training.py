@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -43,6 +45,7 @@ from expunge.errors import ExpungeError
 from expunge.methods import Method
 from expunge.models import Reference, context_length, original, weights_digest, width, without_dropout
 from expunge.states import StoredStates
+from expunge.whole import cannot_write
 
 HEADS = "expunge_heads"
 
@@ -289,10 +292,16 @@ class UnlearnTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is written again is incomplete until it is whole: its state goes first and comes last."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise cannot_write(folder, error) from None
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -21,6 +21,7 @@ from expunge.report.files import RunFiles, read_run, read_text
 from expunge.report.samples import LENGTH, VEIL, choose
 from expunge.report.tables import CHALLENGE, FORCED, Cell, Table, full, headline, to_csv, to_markdown
 from expunge.report.text import clip, short, visible
+from expunge.whole import write_text
 
 MAX_BYTES = 3_000_000
 FIGURES, FACTS, CONFIG = (
@@ -52,7 +53,7 @@ def write_report(folder: Path) -> Path:
     if (size := len(page.encode())) > MAX_BYTES:
         raise ExpungeError(f"{folder}: the page would have {size / 1e6:.1f} MB, over {MAX_BYTES / 1e6:.0f}")
     for name, text in (("table.csv", to_csv(table)), ("table.md", to_markdown(table)), ("report.html", page)):
-        _write(folder / name, text)
+        write_text(folder / name, text)
     return folder / "report.html"
 
 
@@ -132,12 +133,3 @@ def _flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]
 def _sha256(text: str) -> str:
     """The name that a content security policy has for an inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ExpungeError(f"{path}: cannot write there ({error.strerror})") from None
