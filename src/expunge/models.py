@@ -7,11 +7,15 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Sequence
+import re
+import sys
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from expunge.states import StoredStates
 
 BUILTIN = Path(__file__).parent / "assets" / "model"
+
+MASK_BUFFER = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
+"""What old checkpoints hold beside weights, and transformers computes."""
 
 Layer = int | Literal["final", "pre_norm"]
 """A residual state: l in 0..L-1 is the stream entering block l (0 = embeddings), "pre_norm" the last block's raw
@@ -46,18 +53,26 @@ def load_model(
     """A causal language model and its tokenizer, in evaluation mode, on the accelerator if there is one.
 
     name: "builtin", a hub name or a folder; a PEFT adapter folder is loaded onto its base and merged.
-    Raises ExpungeError, one line, where there is no such model, no tokenizer, or it is not a causal model.
+    Raises ExpungeError, one line, where there is no such model or no tokenizer, weights are missing or unexpected, the
+    tokenizer gives ids that the model does not know, or it is not a causal model.
     """
     source = _source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _readable(name):
         _, tokenizer = load_outline(name, **common)
-        if _is_adapter(source):
-            model = _load_adapter(source, dtype, attn_implementation, common)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **common
-            )
+        base = _base_of(source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+        _check_weights(base, info)
+        if base != source:
+            model = _with_adapter(model, Path(source))
+    _check_causal(name, model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
@@ -69,15 +84,13 @@ def load_outline(
     source = _source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _readable(name):
-        base = source
-        if _is_adapter(source):
-            base = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, **common)
+        config = AutoConfig.from_pretrained(_base_of(source), **common)
         if getattr(config, "is_encoder_decoder", False):
             raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
+    _check_vocabulary(name, config, tokenizer)
     return config, tokenizer
 
 
@@ -85,26 +98,67 @@ def _source(name: str | Path) -> str:
     return str(BUILTIN) if str(name) == "builtin" else str(name)
 
 
-def _is_adapter(source: str) -> bool:
-    return (Path(source) / "adapter_config.json").is_file()
+def _base_of(source: str) -> str:
+    """What the weights of `source` are laid over, or `source` itself where it is no adapter."""
+    path = Path(source) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else source
 
 
 @contextlib.contextmanager
 def _readable(name: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = [line for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
+        raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({lines[0]})") from None
 
 
-def _load_adapter(
-    source: str, dtype: str | torch.dtype, attn_implementation: str | None, common: dict[str, Any]
-) -> PreTrainedModel:
-    from peft import AutoPeftModelForCausalLM
+def _check_weights(base: str, info: Mapping[str, Any]) -> None:
+    """ExpungeError unless every weight of the model was in its files, and nothing else; transformers makes up the rest."""
+    unexpected = [key for key in info["unexpected_keys"] if not MASK_BUFFER.search(key)]
+    for keys, what in ((info["missing_keys"], "lack"), (unexpected, "hold, beside the model,")):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ExpungeError(
+                f"{base}: its weights {what} {min(keys)}{more}: save the whole model with its own configuration"
+            )
 
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **common)
-    return model.merge_and_unload()  # type: ignore[union-attr]
+
+def _check_vocabulary(name: str | Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ExpungeError where an ordinary token, bos or eos has no row in the embedding; others may, while no text names them."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    largest = max(id for id in tokenizer.get_vocab().values() if id in ends or id not in special)
+    if size is not None and largest >= size:
+        raise ExpungeError(
+            f"{name}: its tokenizer gives ids up to {largest}, the model knows {size} tokens: save the model's own "
+            "tokenizer beside it, or resize the embedding"
+        )
+
+
+@torch.no_grad()
+def _check_causal(name: str | Path, model: PreTrainedModel) -> None:
+    """ExpungeError for an encoder, which transformers loads as if it were a decoder: its states look ahead."""
+    first, second = (body(model)(input_ids=torch.tensor([[0, token]])).last_hidden_state[0, 0] for token in (0, 1))
+    if (first - second).norm() > 0.02 * first.norm():  # above rounding, where experts are chosen by batch
+        raise ExpungeError(f"{name}: an encoder, which sees the text to come; expunge edits causal language models")
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the PEFT adapter of `folder` merged into it."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ExpungeError(f"{folder}: no adapter_model.safetensors; pickled weights are not read, save them as safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[operator]
+        except UserWarning:
+            raise ExpungeError(
+                f"{folder}: the adapter does not hold all that its configuration names; save it again"
+            ) from None
 
 
 def add_lora(model: PreTrainedModel, rank: int = 16, alpha: int = 32, targets: str | Sequence[str] = "all-linear") -> Any:
@@ -145,8 +199,8 @@ def width(model: nn.Module) -> int:
 
 
 def context_length(model: nn.Module) -> int:
-    """The most tokens that the model takes at once."""
-    return inner_model(model).config.get_text_config().max_position_embeddings
+    """The most tokens that the model takes at once; no bound where its positions are relative."""
+    return getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def head_scaling(model: nn.Module) -> tuple[float, float | None]:
