@@ -169,13 +169,9 @@ def evaluate(
     _hush()
     if not pipeline.is_main_process():
         return
-    folder = Path(model)
-    is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
-    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget)
-    if is_run and reference is None:
-        import yaml
-
-        reference = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+    started_from = pipeline.reference_of(Path(model))
+    settings = _settings(overrides, config, str(Path(model) / "model") if started_from else model, None, None, budget)
+    reference = reference or started_from
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
@@ -450,6 +446,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("stopped")
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+        _complain(f"out of memory ({reason}): `expunge doctor` says what a run takes, and what would make it smaller")
+        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes the pipe
         sys.exit(1)

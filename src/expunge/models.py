@@ -58,17 +58,19 @@ def load_model(
     """
     source = _source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _readable(name):
-        _, tokenizer = load_outline(name, **common)
-        base = _base_of(source)
-        model, info = AutoModelForCausalLM.from_pretrained(
+    _, tokenizer = load_outline(name, **common)
+    base = _base_of(name)
+    with reading(name, "causal language model", "its weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
             **common,
         )
+        model, info = loaded
         _check_weights(base, info)
         if base != source:
             model = _with_adapter(model, Path(source))
@@ -83,10 +85,11 @@ def load_outline(
     """The configuration and the tokenizer of what `load_model` would load, without the weights; errors as there."""
     source = _source(name)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _readable(name):
-        config = AutoConfig.from_pretrained(_base_of(source), **common)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
+    with reading(name, "causal language model", "its configuration"):
+        config = AutoConfig.from_pretrained(_base_of(name), **common)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
+    with reading(name, "causal language model", "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
@@ -98,25 +101,39 @@ def _source(name: str | Path) -> str:
     return str(BUILTIN) if str(name) == "builtin" else str(name)
 
 
-def _base_of(source: str) -> str:
-    """What the weights of `source` are laid over, or `source` itself where it is no adapter."""
-    path = Path(source) / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else source
+def _base_of(name: str | Path) -> str:
+    """What the weights of `name` are laid over, or its own place where it is no adapter."""
+    path = Path(_source(name)) / "adapter_config.json"
+    if not path.is_file():
+        return _source(name)
+    with reading(name, "causal language model", "its adapter_config.json"):
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 @contextlib.contextmanager
-def _readable(name: str | Path) -> Iterator[None]:
+def reading(name: str | Path, kind: str, part: str) -> Iterator[None]:
+    """Whatever the libraries raise in the block as one ExpungeError: `name` should be a `kind`, of which `part` is read."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = [line for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
-        raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({lines[0]})") from None
+        path = Path(name)
+        if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".")):
+            raise ExpungeError(f"{name}: no such folder; a {kind} is a hub name, or a folder that holds one") from None
+        if path.is_dir() and not list(path.glob("*.safetensors")) and (found := [*path.glob("*.bin"), *path.glob("*.pt*")]):
+            raise ExpungeError(f"{found[0]}: pickled weights are not read; save the model as safetensors") from None
+        lines = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+        advice = (
+            "save the model there again" if path.is_dir() else "check the name and the connection; HF_TOKEN opens gated ones"
+        )
+        raise ExpungeError(f"{name}: cannot load a {kind} ({part}: {lines[0].strip()}): {advice}") from None
 
 
 def _check_weights(base: str, info: Mapping[str, Any]) -> None:
     """ExpungeError unless every weight of the model was in its files, and nothing else; transformers makes up the rest."""
     unexpected = [key for key in info["unexpected_keys"] if not MASK_BUFFER.search(key)]
-    for keys, what in ((info["missing_keys"], "lack"), (unexpected, "hold, beside the model,")):
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    lists = {"lack": info["missing_keys"], "hold, beside the model,": unexpected, "have another shape for": mismatched}
+    for what, keys in lists.items():
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ExpungeError(
@@ -200,7 +217,12 @@ def width(model: nn.Module) -> int:
 
 def context_length(model: nn.Module) -> int:
     """The most tokens that the model takes at once; no bound where its positions are relative."""
-    return getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return context_of(inner_model(model).config)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """The context length of a model of this configuration."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def head_scaling(model: nn.Module) -> tuple[float, float | None]:

@@ -16,8 +16,9 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from expunge.claim import claimed
@@ -25,10 +26,10 @@ from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder
 from expunge.data import Pair, load_corpus, load_pairs, load_prompts
 from expunge.errors import ExpungeError, Interrupted
 from expunge.methods import METHODS, Method
-from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, check_room, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import add_lora, load_model, load_outline, weights_digest
+from expunge.models import add_lora, context_of, load_model, load_outline, weights_digest
 from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
 from expunge.registry import UnknownName, did_you_mean
 from expunge.report import write_report
@@ -89,10 +90,11 @@ def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any
     for key in settings:
         if key not in fields:
             raise ExpungeError(f"unknown key {section + '.' + key!r}{did_you_mean(key, fields)}")
-    simple = (int, float, bool, str)
+    simple = (int, float, bool, str, type(None))
     return {
-        key: convert(fields[key].type, value, f"{section}.{key}") if fields[key].type in simple else value
+        key: convert(hint, value, f"{section}.{key}") if all(part in simple for part in get_args(hint) or [hint]) else value
         for key, value in settings.items()
+        for hint in [fields[key].type]
     }
 
 
@@ -142,8 +144,9 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     build_method(config.method)  # complain before any work
     build_training(config.training, folder, config.seed)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    _, tokenizer = outline_of(config)
+    outline, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
+    check_room(data, evaluation_plan(config.evaluation), tokenizer, context_of(outline))
     with claim(folder, config):
         train(config, folder, quiet)
         if not is_main_process():
@@ -156,6 +159,17 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
 def claim(folder: Path, config: RunConfig) -> contextlib.AbstractContextManager[None]:
     """Hold `folder` for this run inside a `with`: see `claimed`."""
     return claimed(folder, dataclasses.asdict(config), MEASURED) if is_main_process() else contextlib.nullcontext()
+
+
+def reference_of(folder: Path) -> str | None:
+    """The model that the run in `folder` started from; None where it holds no run."""
+    path = folder / "config.yaml"
+    if not path.is_file() or not (folder / "model").is_dir():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise ExpungeError(f"{path}: not the configuration of a run: name its model's folder, and --reference") from None
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
@@ -282,7 +296,7 @@ def _evaluate(
 
 
 def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
-    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").glob("*.json"))}
+    stages = {path.stem: _record(path) for path in sorted((folder / "stages").glob("*.json"))}
     facts = {
         "environment": environment(),
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
@@ -300,7 +314,15 @@ def _hash(pairs: Sequence[Pair]) -> str:
 
 def _done(folder: Path, stage: str, key: str) -> bool:
     path = folder / "stages" / f"{stage}.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+    return path.exists() and _record(path).get("key") == key
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a stage left of itself."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ExpungeError(f"{path}: not the JSON object that the stage left: remove it, and the stage runs again") from None
 
 
 def _finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:

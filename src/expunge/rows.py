@@ -74,6 +74,8 @@ def parse_lines(text: str, source: str) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ExpungeError(f"{source}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        except RecursionError:
+            raise ExpungeError(f"{source}:{number}: JSON nested too deep to be a record") from None
         if not isinstance(record, dict):
             raise ExpungeError(f"{source}:{number}: expected a JSON object, found {type(record).__name__}")
         if SURROGATE.search(line):

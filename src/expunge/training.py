@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from expunge.config import at_least
 from expunge.data import Pair, tokenize_pairs
 from expunge.data.tokenize import TokenizedPair, encode, leading_tokens
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
@@ -48,6 +49,24 @@ from expunge.states import StoredStates
 from expunge.whole import cannot_write
 
 HEADS = "expunge_heads"
+
+LEAST = {
+    "learning_rate": 0,
+    "heads_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0.01,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_prompt_tokens": 1,
+    "max_continuation_tokens": 1,
+    "anchor_tokens": 1,
+    "logging_steps": 0.01,
+    "save_steps": 0.01,
+    "seed": 0,
+}
+"""The least that training takes; transformers would divide by zero, or train upwards."""
 
 log = logging.getLogger("expunge")
 
@@ -89,6 +108,7 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():  # accelerate takes several processes for several runs without it
             self.use_cpu = True
+        at_least("training", self, **LEAST)
         super().__post_init__()
 
 
