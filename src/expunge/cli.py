@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -326,10 +328,12 @@ def _settings(
 
 
 def _hush() -> None:
-    """Leave out transformers' bars for loading and saving shards, its notes about our configuration, the hub's retries."""
+    """Leave out transformers' bars for loading and saving shards, its notes and deprecations, the hub's retries."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as library
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds out by itself
     library.disable_progress_bar()
     library.set_verbosity_error()
     hub.set_verbosity_error()
@@ -447,7 +451,7 @@ def main() -> None:
         _complain("stopped")
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         reason = str(error).split("\n")[0]
         _complain(f"out of memory ({reason}): `expunge doctor` says what a run takes, and what would make it smaller")
