@@ -58,8 +58,8 @@ def main() -> None:
             said = yaml.safe_load(expunge("doctor", *common))["run"]
             expunge("train", *common, "--quiet", "--out", folder / str(number))
             facts = json.loads((folder / str(number) / "stages" / "train.json").read_text())
-            record = {"model": model, "method": method, "settings": label, "estimate": said["peak in GB"]}
-            record |= {"process": said["memory in GB"]["process"], "measured": facts["peak_memory_bytes"] / 1e9}
+            record = {"model": model, "method": method, "settings": label, "estimate": said["peak_gb"]}
+            record |= {"process": said["memory_gb"]["process"], "measured": facts["peak_memory_bytes"] / 1e9}
             records.append({**record, "environment": environment()})
             write_lines(RESULTS, records)
             print(row(record), flush=True)

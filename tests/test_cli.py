@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 
 from expunge import load_model, pipeline
 from expunge.adapters import add_lora
-from expunge.cli import main
+from expunge.cli import app, main
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -384,94 +387,135 @@ def test_the_plan_and_the_doctor_show_how_a_model_is_loaded(home, tmp_path, caps
         found = yaml.safe_load(capsys.readouterr().out)
         assert found["run"]["dtype"] == dtype
         memory[dtype] = found["run"]["memory in GB"]["weights"]
-    assert "bitsandbytes" in found["machine"]["quantization"] and "reports" in found["machine"]
+    assert "bitsandbytes" in found["machine"]["quantization"] and found["reports"]
 
 
-def test_version_and_help_need_no_torch():
-    for option, said in (("--version", "expunge 0.1"), ("--help", "Remove a behaviour")):
-        code = f"import sys; sys.argv = ['expunge', '{option}']\ntry:\n    from expunge.cli import main; main()\n"
-        code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        assert said in found and found.splitlines()[-1] == "0 False"
+def start(arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """`expunge ARGUMENTS` in a process of its own, which ends by saying whether torch was imported."""
+    code = f"import sys; sys.argv = ['expunge', *{arguments.split()!r}]\n{before}\n"
+    code += (
+        "try:\n    from expunge.cli import main; main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
 
 
-MISTAKES = {
-    "missing pairs": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
-    "broken JSON": (["data.train={broken}"], "broken.jsonl:2"),
-    "missing field": (["data.train={no_rejected}"], "no_rejected.jsonl:1"),
-    "empty field": (["data.train={empty_chosen}"], "empty_chosen.jsonl:2"),
-    "equal sides": (["data.train={equal}"], "equal.jsonl:1"),
-    "no pairs": (["data.train={nothing}"], "nothing.jsonl"),
-    "unknown method": (["method.name=repp"], "did you mean 'repo'?"),
-    "unknown scorer": (["evaluation.scorers=[ngrm]"], "did you mean 'ngram'?"),
-    "unknown key": (["methd.weight=1"], "did you mean 'method'?"),
-    "unknown method key": (["method.wieght=1"], "did you mean 'weight'?"),
-    "unknown training key": (["training.learning_rat=1"], "did you mean 'learning_rate'?"),
-    "unknown data key": (["data.corpsu=x"], "did you mean 'corpus'?"),
-    "not an override": (["method.weight"], "key=value"),
-    "wrong type": (["evaluation.samples=many"], "a whole number"),
-    "out of range": (["method.weight=-1"], ">= 0"),
-    "unknown adapter key": (["lora.targt_modules=x"], "did you mean 'target_modules'?"),
-    "unknown dtype": (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
-    "unknown attention": (["--attn-implementation", "spda"], "did you mean 'sdpa'?"),
-    "attention from a hub": (["--attn-implementation", "org/kernel"], "runs with --trust-remote-code only"),
-    "unknown device": (["--device-map", "nowhere"], "nowhere"),
-    "quantized without an adapter": (["--quantization", "8bit"], "quantization=8bit: "),
-    "unknown reporter": (["training.report_to=wndb"], "did you mean 'wandb'?"),
-    "a secret": (["training.hub_token=abc"], "set HF_TOKEN"),
-    "nothing to measure": (
-        ["training.eval_strategy=epoch", "monitor.prompts=null", "monitor.corpus=null"],
-        "nothing to measure",
-    ),
-    "best of no measure": (
-        ["training.eval_strategy=epoch", "training.metric_for_best_model=toxicty"],
-        "did you mean 'toxicity'?",
-    ),
-    "unknown budget": (["--budget", "quik"], "did you mean 'quick'?"),
-    "missing YAML": (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    "broken YAML": (["--config", "{bad_yaml}"], "bad.yaml:2"),
-    "no such model": (["--model", "{missing}"], "missing"),
-    "missing prompts": (["data.prompts=[nowhere.txt]"], "nowhere.txt"),
-}
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--version", "expunge 0.1"),
+        ("--help", "Remove a behaviour"),
+        ("run --help", "--dry-run"),
+        ("list methods", "representation"),
+        ("list scorers --json", '"name": "ngram"'),
+        ("list data", "rtp-challenge"),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments, said):
+    found = start(arguments).stdout
+    assert said in found and found.splitlines()[-1] == "0 False"
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_line(case, home, tmp_path, capsys):
-    good = json.dumps(PAIRS[0])
-    texts = {
-        "broken": f"{good}\n{{oops\n",
-        "no_rejected": json.dumps({"prompt": "a", "chosen": "b"}) + "\n",
-        "empty_chosen": good + "\n" + json.dumps({**PAIRS[0], "chosen": " "}) + "\n",
-        "equal": json.dumps({**PAIRS[0], "rejected": PAIRS[0]["chosen"]}) + "\n",
-        "nothing": "",
-    }
-    places = {name: tmp_path / f"{name}.jsonl" for name in texts}
-    for name, text in texts.items():
-        places[name].write_text(text)
-    places |= {"bad_yaml": tmp_path / "bad.yaml", "missing": tmp_path / "missing"}
-    places["bad_yaml"].write_text("method: [\n")
-    changes, expected = MISTAKES[case]
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("l", ["list"]),
+        ("list ", ["methods", "scorers", "data", "budgets"]),
+        ("run --method ", ["dpo", "repo"]),
+        ("train --pairs b", ["builtin", "builtin-heldout", "builtin-validation"]),
+        ("doctor --budget ", ["quick", "full"]),
+        ("evaluate x --prompts r", ["rtp-challenge"]),
+        ("score x --scorer ", ["ngram", "wordvec", "hf:"]),
+    ],
+)
+def test_the_shell_completes_names_without_torch(words, offered):
+    typed = f"expunge {words}"
+    settings = {"_EXPUNGE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
+    *found, last = start("", **settings).stdout.splitlines()
+    assert found == offered
+    assert last == "0 False"
+
+
+def test_doctor_speaks_before_torch_is_there():
+    found = start("doctor", before="sys.modules['torch'] = None")
+    assert "memory: " in found.stdout and "device:" not in found.stdout
+    assert "ModuleNotFoundError: import of torch halted" in found.stderr
+
+
+def test_json_is_one_object_on_standard_output(home, tmp_path, capfd):
+    def said(*arguments: object) -> dict:
+        capfd.readouterr()
+        assert call(*arguments, "--json") == 0
+        found = capfd.readouterr()
+        assert found.err == "" and found.out.count("\n") == 1
+        return json.loads(found.out)
+
     out = tmp_path / "out"
-    arguments = run_arguments(home, out) + [str(change).format(**places) for change in changes]
-    assert call(*arguments) == 2
-    assert expected in one_line(capsys)
-    assert not (out / "model").exists()
-    assert not (out / "report.html").exists()
-
-
-def test_a_loss_that_is_no_number_stops_the_run(home, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = [
-        *run_arguments(home, out),
-        "training.learning_rate=1e30",
-        "training.save_steps=1",
-        "training.max_grad_norm=1e30",
+    assert said(*run_arguments(home, out), "--dry-run")["steps"] == 6
+    assert not out.exists()
+    run = said(*run_arguments(home, out))
+    assert run["report"] == str(out / "report.html")
+    lines = {(line["metric"], line["decode"], line["side"]): line for line in run["figures"]}
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    [perplexity] = [
+        row["value"]
+        for row in rows
+        if (row["metric"], row["mode"], row["subject"], row["paired"]) == ("perplexity", "exact", "unlearned", False)
     ]
-    assert call(*arguments) == 2
-    line = one_line(capsys)
-    assert "not a number at step" in line
-    assert "learning_rate" in line
-    assert not (out / "model").exists()
+    assert lines["perplexity", None, None]["unlearned"]["value"] == perplexity
+    assert set(lines["toxicity", "greedy", None]) >= {"dataset", "scorer", "reference", "unlearned", "ratio", "n"}
+    assert said("report", out) == {"report": str(out / "report.html")}
+    measured = run_arguments(home, out)[8:]
+    alone = said("evaluate", home / "model", "--out", tmp_path / "alone", "--quiet", *measured)
+    assert all("unlearned" in line and "reference" not in line for line in alone["figures"])
+    small = ["--model", home / "model", "--pairs", home / "pairs.jsonl", "--quiet"]
+    trained = tmp_path / "trained"
+    assert said("train", *small, "--out", trained, "training.max_steps=1") == {"model": str(trained / "model")}
+    assert set(said("doctor", *small)) == {"machine", "device", "reports", "run"}
+    texts = write(tmp_path / "texts.jsonl", [{"text": "The river is calm."}, {"text": "The house is empty."}])
+    score = said("score", texts, "--scorer", "ngram", "--scorer", "wordvec")
+    assert [set(record) for record in score["records"]] == [{"text", "scores"}] * 2
+    assert [(each["first"], each["second"], each["n"]) for each in score["agreement"]] == [("ngram", "wordvec", 2)]
+    assert {entry["name"] for entry in said("list", "methods")["methods"]} >= {"repo", "dpo"}
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    command = [sys.executable, "-m", "expunge", "list", "data"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def sections() -> dict[str, str]:
+    return {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
+
+
+def test_the_page_lists_every_command():
+    assert set(sections()) == set(COMMANDS)
+    assert set(re.findall(r"`(--[\w-]+)`", sections()["list"])) == {"--json"}  # the control
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_lists_every_option_of_a_command(name):
+    [listed] = re.findall(r"^Options: (.*)\.$", sections()[name], re.MULTILINE)
+    options = {max(param.opts, key=len) for param in COMMANDS[name].params if param.opts[0].startswith("-")}
+    assert set(re.findall(r"`(--[\w-]+)`", listed)) == options - {"--help"}
+
+
+EXAMPLES = re.findall(r"^(?:echo .* \| )?expunge (.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_page_s_examples_are_commands(line):
+    name, *words = shlex.split(line)
+    COMMANDS[name].make_context(name, words)
 
 
 def one_line(capsys) -> str:

@@ -151,8 +151,8 @@ def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
     expunge("train", "--out", tmp_path / "run", "training.save_strategy=no", "--quiet")
     facts = json.loads((tmp_path / "run" / "stages" / "train.json").read_text())
     said = yaml.safe_load(expunge("doctor"))["run"]
-    process = said["memory in GB"]["process"]  # Python and its libraries, which are easy
-    assert said["peak in GB"] - process == pytest.approx(facts["peak_memory_bytes"] / 1e9 - process, rel=0.25)
+    process = said["memory_gb"]["process"]  # Python and its libraries, which are easy
+    assert said["peak_gb"] - process == pytest.approx(facts["peak_memory_bytes"] / 1e9 - process, rel=0.25)
     assert said["verdict"].startswith("fits")
 
 

@@ -1,10 +1,11 @@
+import inspect
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from expunge import registry
 from expunge.errors import ExpungeError
-from expunge.methods import METHODS
+from expunge.methods import METHODS, Method
 from expunge.registry import Registry, UnknownName, did_you_mean
 from expunge.scorers import SCORERS, load_scorer
 
@@ -67,3 +68,28 @@ def test_what_is_built_in_is_there_under_its_name(builtin):
 def test_an_unknown_scorer_is_an_error_for_the_user():
     with pytest.raises(ExpungeError, match=r"^unknown scorer 'ngramm' \(did you mean 'ngram'\?\)$"):
         load_scorer("ngramm")
+
+
+@pytest.mark.parametrize("builtin", [METHODS, SCORERS], ids=lambda registry: registry.kind)
+def test_what_the_source_says_of_a_class_is_what_the_class_says(builtin):
+    asked = [("__doc__", ""), ("paper", ""), ("family", Method.family)]
+    source = Registry(
+        builtin.kind, {name: f"{builtin.get(name).__module__}:{builtin.get(name).__name__}" for name in builtin.names()}
+    )
+    for name in builtin.names():
+        for constant, default in asked:
+            said = getattr(builtin.get(name), constant, default) or default
+            if constant == "__doc__":
+                said = inspect.cleandoc(said)
+            assert source.about(name, constant, default) == said, (name, constant)
+
+
+def test_about_a_plug_in_it_asks_the_class(colours):
+    @colours.register("blue")
+    class Blue:
+        """Like the sky."""
+
+    assert colours.about("blue", "__doc__") == "Like the sky."
+    assert colours.about("blue", "family", "cold") == "cold"
+    with pytest.raises(UnknownName):
+        colours.about("bleu", "__doc__")

@@ -8,6 +8,7 @@ under the adapter is refused.
 
 import json
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -123,7 +124,13 @@ class Adapter:
         if tokens > embedding.weight.shape[0]:
             base.resize_token_embeddings(tokens)
         try:
-            model: Any = PeftModel.from_pretrained(base, self.source, revision=self.revision)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                model: Any = PeftModel.from_pretrained(base, self.source, revision=self.revision)
+        except UserWarning:
+            raise ExpungeError(
+                f"{self.source}: the adapter does not hold all that its configuration names; save it again"
+            ) from None
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = _first_line(error)
             raise ExpungeError(f"{self.source}: this adapter does not fit its base {self.base} ({reason})") from None

@@ -1,13 +1,16 @@
 """The command line, and the only reader of argv: `expunge run`, `train`, `evaluate`, `doctor` and the rest.
 
-Bad input is one line on standard error and exit status 2; Ctrl-C saves a checkpoint and exits with 130.
+Results go to standard output, all else to standard error. Bad input is one line there and exit status 2; Ctrl-C saves a
+checkpoint and exits with 130 (docs/cli.md).
 """
 
 import functools
 import inspect
 import json
 import logging
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,25 +22,41 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, Interrupted
+from expunge.listing import LISTINGS, completer
+from expunge.registry import did_you_mean
 
-app = typer.Typer(
-    name="expunge",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="expunge", no_args_is_help=True, pretty_exceptions_enable=False)
 out = Console()
+
+UsageError: Any = typer.BadParameter.__base__  # click's, or that of the click that typer carries inside itself
+
+
+def _be_quiet(asked: bool) -> bool:
+    if asked:
+        logging.getLogger("expunge").setLevel(logging.WARNING)
+    return asked
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)]
 ConfigFile = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")]
 ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
-MethodName = Annotated[str | None, typer.Option(help="A method's name.")]
-PairsName = Annotated[str | None, typer.Option(help="Preference pairs: a named set, a file or a hub set.")]
-ForgetName = Annotated[str | None, typer.Option(help="Texts to forget, with --retain instead of pairs: a set or a file.")]
-RetainName = Annotated[str | None, typer.Option(help="Texts to keep: a named set, a file or a hub set.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Budget = Annotated[str, typer.Option(help="quick (minutes) or full.")]
+MethodName = Annotated[str | None, typer.Option(help="A method's name.", autocompletion=completer("methods"))]
+PairsName = Annotated[
+    str | None,
+    typer.Option(help="Preference pairs: a named set, a file or a hub set.", autocompletion=completer("data", kind="pairs")),
+]
+ForgetName = Annotated[
+    str | None,
+    typer.Option(help="Texts to forget, with --retain instead of pairs: a set or a file.", autocompletion=completer("data")),
+]
+RetainName = Annotated[
+    str | None, typer.Option(help="Texts to keep: a named set, a file or a hub set.", autocompletion=completer("data"))
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="No bars and no notes; warnings stay.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on standard output.")]
+Budget = Annotated[str, typer.Option(help="quick (minutes) or full.", autocompletion=completer("budgets"))]
+PROMPTS = completer("data", kind="prompts")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 
@@ -104,6 +123,7 @@ def run(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: Json = False,
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -113,12 +133,11 @@ def run(
     _hush()
     settings = _settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
     if dry_run:
-        _print_plan(settings, output)
+        _print_plan(settings, output, as_json)
         return
     pipeline.run(settings, output, quiet)
     if pipeline.is_main_process():
-        _print_headline(output)
-        out.print(f"report: {output / 'report.html'}", soft_wrap=True)
+        _print_headline(output, as_json)
 
 
 @app.command()
@@ -135,6 +154,7 @@ def train(
     output: Out = Path("runs/repo"),
     dry_run: DryRun = False,
     quiet: Quiet = False,
+    as_json: Json = False,
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -144,15 +164,16 @@ def train(
     _hush()
     settings = pipeline.resolve(_settings(overrides, config, model, method, pairs, budget, loading, forget, retain))
     if dry_run:
-        _print_plan(settings, output)
+        _print_plan(settings, output, as_json)
         return
     pipeline.build_method(settings.method)
     args = pipeline.build_training(settings.training, output, settings.seed)
     pipeline.check_model(settings)
     pipeline.monitor_data(settings, args, pipeline.outline_of(settings)[1])
-    pipeline.train(settings, output, quiet)
+    with pipeline.claim(output, settings):
+        pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
-        out.print(f"model: {output / 'model'}", soft_wrap=True)
+        _print_paths({"model": output / "model"}, as_json)
 
 
 @app.command()
@@ -166,19 +187,24 @@ def doctor(
     forget: ForgetName = None,
     retain: RetainName = None,
     budget: Budget = "quick",
+    quiet: Quiet = False,
+    as_json: Json = False,
     *,
     loading: dict[str, Any],
 ) -> None:
     """Say what this machine offers, and estimate memory and time of a run without loading the model."""
-    import yaml
+    from expunge.machine import machine
 
-    from expunge.doctor import machine
+    settings = _settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
+    found: dict[str, Any] = {"machine": machine()}
+    if not as_json:
+        _print_tree(found, as_json)  # at once: torch takes seconds to import
+    from expunge.doctor import device, reports
 
     _hush()
-    settings = _settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
     how = {name: value for name in ("model", *LOADING, "lora") if (value := getattr(settings, name))}
-    found = {"machine": machine(), "run": {**how, **_figures(settings)}}
-    print(yaml.safe_dump(found, sort_keys=False, width=120), end="")
+    rest = {"device": device(), "reports": reports(), "run": {**how, **_figures(settings)}}
+    _print_tree({**found, **rest} if as_json else rest, as_json)
 
 
 @app.command()
@@ -187,11 +213,15 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
     overrides: Overrides = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
-    prompts: Annotated[list[str] | None, typer.Option(help="Prompts: a named set or a file; repeat for several.")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts: a named set or a file; repeat for several.", autocompletion=PROMPTS),
+    ] = None,
     config: ConfigFile = None,
     budget: Budget = "quick",
     output: Out = Path("runs/evaluation"),
     quiet: Quiet = False,
+    as_json: Json = False,
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -203,40 +233,36 @@ def evaluate(
     _hush()
     if not pipeline.is_main_process():
         return
-    folder = Path(model)
-    is_run = (folder / "config.yaml").is_file() and (folder / "model").is_dir()
-    if is_run:
-        import yaml
-
-        run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
-        loading = {
-            name: value for name, value in how.items() if value
-        } | loading  # not what runs code: a run may be another's
-        reference = reference or run["model"]
-    settings = _settings(overrides, config, str(folder / "model") if is_run else model, None, None, budget, loading)
+    started_from = pipeline.reference_of(Path(model))
+    if started_from:
+        loading = pipeline.loading_of(Path(model)) | loading
+    name = str(Path(model) / "model") if started_from else model
+    settings = _settings(overrides, config, name, None, None, budget, loading)
+    reference = reference or started_from
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
-    pipeline.claim(output, settings)
-    revision = settings.revision if is_run else None  # of the model alone
-    pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
-    write_report(output)
-    _print_headline(output)
-    out.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    revision = settings.revision if started_from else None  # of the model alone
+    with pipeline.claim(output, settings):
+        pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
+        write_report(output)
+    _print_headline(output, as_json)
 
 
 @app.command()
 @loads_a_model
 def generate(
-    prompts: Annotated[str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.")],
+    prompts: Annotated[
+        str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.", autocompletion=PROMPTS)
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
     samples: Annotated[int, typer.Option(help="Sampled continuations a prompt; 0 is one greedy continuation.", min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.9,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     seed: int = 0,
+    quiet: Quiet = False,
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -263,8 +289,14 @@ def score(
     file: Annotated[str, typer.Argument(help="JSON lines with `text`, or - for standard input.")],
     scorer: Annotated[
         list[str] | None,
-        typer.Option(help="A scorer's name (expunge list scorers); repeat for several.", show_default="ngram"),
+        typer.Option(
+            help="A scorer's name (expunge list scorers); repeat for several.",
+            show_default="ngram",
+            autocompletion=completer("scorers"),
+        ),
     ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Toxicity of texts: the same JSON lines with `score`, in order; of several scorers `scores`, and how far they agree."""
     from expunge.rows import parse_lines, read_lines
@@ -280,63 +312,69 @@ def score(
     texts = [record["text"] for record in records]
     scorers = [load_scorer(name) for name in names]
     found = {each.name: each.score(texts) for each in scorers}
-    if len(scorers) == 1:
-        for record, value in zip(records, found[scorers[0].name], strict=True):
-            _json_line({**record, "score": round(float(value), 6)})
-        return
     for number, record in enumerate(records):
-        _json_line({**record, "scores": {name: round(float(values[number]), 6) for name, values in found.items()}})
-    _print_agreement(found)
+        scores = {name: round(float(values[number]), 6) for name, values in found.items()}
+        record |= {"score": next(iter(scores.values()))} if len(scorers) == 1 else {"scores": scores}
+    if as_json:
+        _json_line({"records": records, "agreement": _agreement(found)})
+        return
+    for record in records:
+        _json_line(record)
+    if not quiet:
+        for each in _agreement(found):  # records by number: their text may be nothing to read by chance
+            apart = ", ".join(map(str, each["apart"])) or "none"
+            told = "nan" if each["spearman"] is None else f"{each['spearman']:.3f}"
+            both = f"{each['first']} and {each['second']}: Spearman {told} (n = {each['n']})"
+            print(f"{both}; furthest apart on records {apart}", file=sys.stderr)
 
 
-def _print_agreement(scores: dict[str, Any]) -> None:
-    """On standard error, records by number: their text may be nothing to read by chance."""
+def _agreement(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every two scorers; apart: the numbers, from 1, of the records on which they differ most."""
+    if len(scores) < 2:
+        return []
     from expunge.scorers.agreement import agreement
 
-    for found in agreement(scores):
-        apart = ", ".join(str(number + 1) for number in found.apart) or "none"
-        n = len(scores[found.first])
-        print(
-            f"{found.first} and {found.second}: Spearman {found.spearman:.3f} (n = {n}); furthest apart on records {apart}",
-            file=sys.stderr,
-        )
+    return [
+        {
+            "first": found.first,
+            "second": found.second,
+            "n": len(scores[found.first]),
+            "spearman": found.spearman if math.isfinite(found.spearman) else None,
+            "apart": [number + 1 for number in found.apart],
+        }
+        for found in agreement(scores)
+    ]
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: Json = False) -> None:
     """Write OUT/report.html again from a run's files."""
     from expunge.report import write_report
 
-    out.print(f"report: {write_report(folder)}", soft_wrap=True)
+    _print_paths({"report": write_report(folder)}, as_json)
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="methods, scorers, data or budgets.")]) -> None:
+def list_(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="methods, scorers, data or budgets.",
+            autocompletion=lambda incomplete: [name for name in LISTINGS if name.startswith(incomplete)],
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
     """What there is to name on the command line."""
-    from expunge.config import BUDGETS
-    from expunge.data import NAMED
-    from expunge.methods import METHODS
-    from expunge.registry import did_you_mean
-    from expunge.scorers import SCORERS
-
-    def first_line(cls: type) -> str:
-        return (cls.__doc__ or "").strip().split("\n")[0]
-
-    listings: dict[str, Any] = {
-        "methods": lambda: [(name, METHODS.get(name).family, first_line(METHODS.get(name))) for name in METHODS.names()],
-        "scorers": lambda: [
-            *((name, first_line(SCORERS.get(name))) for name in SCORERS.names()),
-            ("hf:NAME[@LABEL]", "A sequence classifier from the hub or a folder: the probability of its toxic label."),
-            ("perspective:ATTRIBUTE", "Another attribute of Perspective, such as INSULT; or max7, the highest of seven."),
-        ],
-        "data": lambda: [(entry.name, entry.kind, entry.description) for entry in NAMED],
-        "budgets": lambda: [(name, json.dumps(settings)) for name, settings in BUDGETS.items()],
-    }
-    if what not in listings:
-        raise ExpungeError(f"nothing called {what!r} to list{did_you_mean(what, listings)}")
+    if what not in LISTINGS:
+        raise ExpungeError(f"nothing called {what!r} to list{did_you_mean(what, LISTINGS)}")
+    entries = LISTINGS[what]()
+    if as_json:
+        _json_line({what: entries})
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for row in listings[what]():
-        table.add_row(*map(escape, row))
+    for entry in entries:
+        table.add_row(*(escape(value if isinstance(value, str) else json.dumps(value)) for value in entry.values()))
     out.print(table)
 
 
@@ -353,7 +391,6 @@ def _settings(
 ) -> Any:
     """RunConfig: the budget, then YAML files, then options, then dotted overrides, each over the ones before."""
     from expunge.config import BUDGETS, RunConfig, load_config
-    from expunge.registry import did_you_mean
 
     if budget not in BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, BUDGETS)}")
@@ -364,20 +401,19 @@ def _settings(
 
 
 def _hush() -> None:
-    """Leave out transformers' bars for loading and saving shards, its notes about our configuration, the hub's retries."""
+    """Leave out transformers' bars for loading and saving shards, its notes and deprecations, the hub's retries."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as library
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds out by itself
     library.disable_progress_bar()
     library.set_verbosity_error()
     hub.set_verbosity_error()
 
 
-def _print_plan(settings: Any, folder: Path) -> None:
+def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
     import dataclasses
-
-    import yaml
 
     from expunge import pipeline
 
@@ -406,7 +442,7 @@ def _print_plan(settings: Any, folder: Path) -> None:
     plan["steps"] = pipeline.steps_of(args, len(data))
     plan["out"] = str(folder)
     plan["estimate"] = _figures(settings, data)
-    print(yaml.safe_dump(plan, sort_keys=False), end="")
+    _print_tree(plan, as_json)
 
 
 def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
@@ -416,31 +452,53 @@ def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
     try:
         made = forecast(settings, data)
     except CannotEstimate as error:
-        return {"not available": str(error)}
+        return {"unavailable": str(error)}
     memory = {name: round(size / 1e9, 2) for name, size in {"process": made.process, **made.memory}.items()}
     return {
         "truncation": made.truncation,
         "parameters": made.parameters,
         "trained": made.trained,
-        "memory in GB": memory,
-        "peak in GB": round(made.peak / 1e9, 2),
-        "operations a step in TFLOP": float(f"{made.operations / 1e12:.3g}"),
-        "minutes of training, roughly": None if made.seconds is None else float(f"{made.seconds / 60:.2g}"),
+        "memory_gb": memory,
+        "peak_gb": round(made.peak / 1e9, 2),
+        "step_tflop": float(f"{made.operations / 1e12:.3g}"),
+        "minutes": None if made.seconds is None else float(f"{made.seconds / 60:.2g}"),
         "verdict": advice(made, settings),
     }
 
 
-def _print_headline(folder: Path) -> None:
-    from expunge.report.tables import headline
+def _print_headline(folder: Path, as_json: bool) -> None:
+    from expunge.report.tables import headline, to_records
     from expunge.rows import read_rows
 
-    made = headline({folder.name: read_rows(folder / "results.jsonl")})
+    rows = read_rows(folder / "results.jsonl")
+    if as_json:
+        _json_line({"report": str(folder / "report.html"), "figures": to_records(rows)})
+        return
+    made = headline({folder.name: rows})
     table = Table(title="reference against unlearned")
     for i, header in enumerate(made.headers):
         table.add_column(header, justify="left" if i == 0 else "right")
     for row in made.rows:
         table.add_row(*row)
     out.print(table)
+    _print_paths({"report": folder / "report.html"}, as_json)
+
+
+def _print_paths(paths: dict[str, Path], as_json: bool) -> None:
+    if as_json:
+        _json_line({name: str(path) for name, path in paths.items()})
+        return
+    for name, path in paths.items():
+        out.print(f"{name}: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_tree(tree: dict[str, Any], as_json: bool) -> None:
+    import yaml
+
+    if as_json:
+        _json_line(tree)
+    else:
+        print(yaml.safe_dump(tree, sort_keys=False, width=120), end="", flush=True)
 
 
 def _json_line(record: dict[str, Any]) -> None:
@@ -453,14 +511,32 @@ def main() -> None:
     logging.getLogger("expunge").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        if status := app(prog_name="expunge", standalone_mode=False) or 0:  # it takes Ctrl-C for itself
+            _complain("stopped")
+        sys.stdout.flush()
+        sys.exit(status)
     except ExpungeError as error:
-        print(f"expunge: {error}", file=sys.stderr)
-        from expunge.errors import Interrupted
-
+        _complain(str(error))
         sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except KeyboardInterrupt:
-        print("expunge: stopped", file=sys.stderr)
+    except UsageError as error:
+        if len(sys.argv) > 1:  # else the help has been printed
+            command = error.ctx.command_path if error.ctx else "expunge"
+            _complain(f"{error.format_message().rstrip('.')}; see `{command} --help`")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped")
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        reason = str(error).split("\n")[0]
+        _complain(f"out of memory ({reason}): `expunge doctor` says what a run takes, and what would make it smaller")
+        sys.exit(2)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes the pipe
         sys.exit(1)
+
+
+def _complain(reason: str) -> None:
+    """One line, whatever a library put into it."""
+    print("expunge:", " ".join(reason.split()), file=sys.stderr)

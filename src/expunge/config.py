@@ -7,6 +7,7 @@ Sections whose keys belong to others (`method`, `training`) stay plain mappings 
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import types
@@ -43,6 +44,9 @@ class DataConfig:
     corpus: str | None = "builtin-neutral"
     """Text for perplexity; wikitext2 where EXPUNGE_DATA or a hub is there; null leaves it out."""
 
+    def __post_init__(self) -> None:
+        at_least("data", self, limit=1)
+
 
 @dataclasses.dataclass
 class EvaluationConfig:
@@ -57,7 +61,7 @@ class EvaluationConfig:
     max_new_tokens: int = 20
     prompt_tokens: int = 32
     """Tokens kept of a prompt."""
-    truncate: str = "last"
+    truncate: Literal["last", "lee2024"] = "last"
     """last: a prompt keeps its last tokens; lee2024: its first."""
     forced: list[int] = dataclasses.field(default_factory=lambda: [0, 4, 8])
     """k: tokens of a held-out continuation that are forced before the model goes on."""
@@ -66,6 +70,12 @@ class EvaluationConfig:
     scorers: list[str] = dataclasses.field(default_factory=lambda: ["ngram", "wordvec"])
     """The first is the judge; the others are reported beside it."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"samples": 0, "prompts": 1, "heldout": 1, "max_new_tokens": 1, "prompt_tokens": 1, "forced": 0}
+        at_least("evaluation", self, **least, perplexity_tokens=2, seed=0)
+        if not self.scorers:
+            raise ExpungeError("evaluation.scorers=[]: at least one is needed, the judge")
 
 
 @dataclasses.dataclass
@@ -83,6 +93,9 @@ class MonitorConfig:
     """Text for perplexity; null leaves it out."""
     tokens: int = 10_000
     """At most so many of its tokens."""
+
+    def __post_init__(self) -> None:
+        at_least("lora", self, rank=1, alpha=1)
 
 
 @dataclasses.dataclass
@@ -110,6 +123,20 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("", self, seed=0)
+
+
+def at_least(section: str, settings: Any, **bounds: float) -> None:
+    """ExpungeError for a number, or one of a list, below its bound; None is left alone. A seed has 32 bits."""
+    for key, least in bounds.items():
+        value, path = getattr(settings, key), f"{section}.{key}".lstrip(".")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise ExpungeError(f"{path}={number}: expected {least} or more")
+            if key == "seed" and number >= 2**32:
+                raise ExpungeError(f"{path}={number}: expected less than 2^32")
 
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -142,7 +169,18 @@ def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dic
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `1e-4` is a number, and `no`, `yes`, `on`, `off` are text (save_strategy: no)."""
+    """YAML 1.2's scalars: `1e-4` is a number, and `no`, `yes`, `on`, `off` are text (save_strategy: no).
+
+    A key stands once in a section: of two, YAML itself takes the last in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -231,8 +269,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, dict):
             return build(hint, value, path + ".")
         raise ExpungeError(f"{path}={value!r}: expected keys such as {path}.{dataclasses.fields(hint)[0].name}")
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ExpungeError(f"{path}={value}: expected a finite number")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return convert(hint, float(value) if abs(value) < 2**1023 else math.inf, path)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     plain: Any = origin or hint

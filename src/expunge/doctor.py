@@ -1,14 +1,11 @@
-"""What this machine offers, and what a run would take of it: `expunge doctor`, and the estimate of `--dry-run`.
+"""What would train here, and what a run would take of this machine: `expunge doctor`, and the estimate of `--dry-run`.
 
 made = forecast(RunConfig(model="gpt2"))
 made.peak / 1e9, made.seconds / 3600, advice(made, config)
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import psutil
 import torch
 from transformers.integrations import integration_utils
 
-from expunge.config import RunConfig, cache_folder
+from expunge.config import RunConfig
 from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.estimate import SHARE, estimate, matrix_rate, rows_of, texts_of
 from expunge.models import loading_options
@@ -30,7 +27,6 @@ from expunge.pipeline import (
     steps_of,
     training_data,
 )
-from expunge.provenance import environment
 
 
 @dataclass(frozen=True)
@@ -131,37 +127,15 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def machine() -> dict[str, str]:
-    """What there is to work with, by name, each in a line."""
-    found = environment()
-    cache = cache_folder("")
-    at = next(path for path in (cache, *cache.parents) if path.exists())
-    held = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        device = f"{', '.join(names)}; {free_memory(torch.device('cuda')) / 1e9:.1f} GB of the first are free"
-    data = os.environ.get("EXPUNGE_DATA")
-    if not data:
-        data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
-    elif not Path(data).is_dir():
-        data = f"EXPUNGE_DATA={data}, which is no folder"
-    reporters = integration_utils.get_available_reporting_integrations()
-    return {
-        "expunge": f"{found['expunge']}, Python {found['python']}",
-        "libraries": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
-        "device": device,
-        "memory": f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB are free",
-        "cache": f"{cache}: {held / 1e9:.1f} GB, {shutil.disk_usage(at).free / 1e9:.0f} GB are free there",
-        "data": data,
-        "quantization": _bitsandbytes(),
-        "reports": ", ".join(reporters) or "no package for training.report_to (wandb, trackio, tensorboard) is installed",
-        "offline": "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no",
-    }
+def reports() -> str:
+    """What `training.report_to` may name."""
+    installed = integration_utils.get_available_reporting_integrations()
+    return ", ".join(installed) or "no package for training.report_to (wandb, trackio, tensorboard) is installed"
 
 
-def _bitsandbytes() -> str:
-    try:
-        return f"bitsandbytes {version('bitsandbytes')}"
-    except PackageNotFoundError:
-        return "bitsandbytes is not installed: no 4bit or 8bit (pip install 'expunge[quant]')"
+def device() -> str:
+    """What would train."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; {free_memory(torch.device('cuda')) / 1e9:.1f} GB of the first are free"

@@ -91,7 +91,7 @@ def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: in
     for index, prompt in enumerate(prompts):
         if len(prompt) + new > context:
             raise ExpungeError(
-                f"prompt {index}: {len(prompt)} tokens and {new} new ones exceed the context of {context}; truncate it"
+                f"prompt {index}: {len(prompt)} tokens and {new} new ones exceed the context of {context}; shorten it"
             )
 
 

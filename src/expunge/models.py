@@ -7,11 +7,14 @@ import contextlib
 import copy
 import hashlib
 import importlib.util
-from collections.abc import Callable, Container, Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +39,8 @@ BUILTIN = Path(__file__).parent / "assets" / "model"
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
+MASK_BUFFER = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
+"""What old checkpoints hold beside weights, and transformers computes."""
 
 Layer = int | Literal["final", "pre_norm"]
 """A residual state: l in 0..L-1 is the stream entering block l (0 = embeddings), "pre_norm" the last block's raw
@@ -58,22 +63,28 @@ def load_model(
     name: "builtin", a hub name or a folder. A PEFT adapter is loaded onto its base and merged; onto a base in low precision,
     which merging would round off, it stays an adapter, frozen. device_map: where transformers puts the parts, which stay
     there. quantization: 4bit (NF4, double) or 8bit, by bitsandbytes; what is not quantized and the products are in `dtype`.
-    Raises ExpungeError, one line, where there is no such model, no tokenizer, or it is not a causal model.
+    Raises ExpungeError, one line, where there is no such model or no tokenizer, weights are missing or unexpected, the
+    tokenizer gives ids that the model does not know, or it is not a causal model.
     """
     source = _source(name)
     options = loading_options(dtype, attn_implementation, quantization, trust_remote_code)
     if quantization and device_map is None and device is not None:
         device_map = {"": device}
-    with _readable(name):
-        _, tokenizer = load_outline(name, revision=revision, trust_remote_code=trust_remote_code)
+    _, tokenizer = load_outline(name, revision=revision, trust_remote_code=trust_remote_code)
+    with reading(name, "causal language model", "its weights"):
         adapter = Adapter.at(source, revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            adapter.base if adapter else source,
+        base = adapter.base if adapter else source
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
             revision=adapter.base_revision if adapter else revision,
             device_map=device_map,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
             **options,
         )
+        model, info = loaded
+        _check_weights(base, info)
         if adapter:
             model = adapter.onto(model, len(tokenizer))
     for module in model.modules():
@@ -86,7 +97,9 @@ def load_model(
         )
     if device_map is None and not getattr(model, "is_quantized", False):
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), tokenizer
+    model.eval()
+    _check_causal(name, model)
+    return model, tokenizer
 
 
 def load_outline(
@@ -95,7 +108,7 @@ def load_outline(
     """The configuration and the tokenizer of what `load_model` would load, without the weights; errors as there."""
     source = _source(name)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _readable(name):
+    with reading(name, "causal language model", "its configuration"):
         adapter = Adapter.at(source, revision)
         base, base_revision = (adapter.base, adapter.base_revision) if adapter else (source, revision)
         try:
@@ -108,19 +121,22 @@ def load_outline(
                 f"{name}: the base of this adapter cannot be loaded ({reason}); put it where adapter_config.json says, or "
                 "name it there as base_model_name_or_path"
             ) from None
-        if getattr(config, "is_encoder_decoder", False):
-            raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
-        if adapter and not adapter.has("tokenizer_config.json"):
-            source, revision = base, base_revision
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
+    if adapter and not adapter.has("tokenizer_config.json"):
+        source, revision = base, base_revision
+    with reading(name, "causal language model", "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **trust)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
+    if adapter is None:  # one may come with tokens of its own
+        _check_vocabulary(name, config, tokenizer)
     return config, tokenizer
 
 
 def is_adapter(name: str | Path, revision: str | None = None) -> bool:
     """Is there a PEFT adapter of this name? ExpungeError where its settings cannot be read."""
-    with _readable(name):
+    with reading(name, "causal language model", "its adapter_config.json"):
         return Adapter.at(_source(name), revision) is not None
 
 
@@ -132,17 +148,26 @@ def _source(name: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _readable(name: str | Path) -> Iterator[None]:
+def reading(name: str | Path, kind: str, part: str) -> Iterator[None]:
+    """Whatever the libraries raise in the block as one ExpungeError: `name` should be a `kind`, of which `part` is read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ExpungeError(
                 f"{name}: comes with code of its own; read it, and if you trust it, run it with --trust-remote-code "
                 "(trust_remote_code=True)"
             ) from None
-        reason = str(error).strip().split("\n")[0]
-        raise ExpungeError(f"{name}: cannot load a causal language model and its tokenizer ({reason})") from None
+        path = Path(name)
+        if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".")):
+            raise ExpungeError(f"{name}: no such folder; a {kind} is a hub name, or a folder that holds one") from None
+        if path.is_dir() and not list(path.glob("*.safetensors")) and (found := [*path.glob("*.bin"), *path.glob("*.pt*")]):
+            raise ExpungeError(f"{found[0]}: pickled weights are not read; save the model as safetensors") from None
+        lines = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+        advice = (
+            "save the model there again" if path.is_dir() else "check the name and the connection; HF_TOKEN opens gated ones"
+        )
+        raise ExpungeError(f"{name}: cannot load a {kind} ({part}: {lines[0].strip()}): {advice}") from None
 
 
 def loading_options(
@@ -162,6 +187,41 @@ def loading_options(
         "quantization_config": _quantized(quantization, torch.float32 if dtype == "auto" else dtype),
         "trust_remote_code": trust_remote_code,
     }
+
+
+def _check_weights(base: str, info: Mapping[str, Any]) -> None:
+    """ExpungeError unless every weight of the model was in its files, and nothing else; transformers makes up the rest."""
+    unexpected = [key for key in info["unexpected_keys"] if not MASK_BUFFER.search(key)]
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    lists = {"lack": info["missing_keys"], "hold, beside the model,": unexpected, "have another shape for": mismatched}
+    for what, keys in lists.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ExpungeError(
+                f"{base}: its weights {what} {min(keys)}{more}: save the whole model with its own configuration"
+            )
+
+
+def _check_vocabulary(name: str | Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ExpungeError where an ordinary token, bos or eos has no row in the embedding; others may, while no text names them."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    largest = max(id for id in tokenizer.get_vocab().values() if id in ends or id not in special)
+    if size is not None and largest >= size:
+        raise ExpungeError(
+            f"{name}: its tokenizer gives ids up to {largest}, the model knows {size} tokens: save the model's own "
+            "tokenizer beside it, or resize the embedding"
+        )
+
+
+@torch.no_grad()
+def _check_causal(name: str | Path, model: PreTrainedModel) -> None:
+    """ExpungeError for an encoder, which transformers loads as if it were a decoder: its states look ahead."""
+    rows = (torch.tensor([[0, token]], device=model.device) for token in (0, 1))
+    first, second = (body(model)(input_ids=ids).last_hidden_state[0, 0] for ids in rows)
+    if (first - second).norm() > 0.02 * first.norm():  # above rounding, where experts are chosen by batch
+        raise ExpungeError(f"{name}: an encoder, which sees the text to come; expunge edits causal language models")
 
 
 def _attention(name: str | None, trust_remote_code: bool) -> str | None:
@@ -218,8 +278,13 @@ def width(model: nn.Module) -> int:
 
 
 def context_length(model: nn.Module) -> int:
-    """The most tokens that the model takes at once."""
-    return inner_model(model).config.get_text_config().max_position_embeddings
+    """The most tokens that the model takes at once; no bound where its positions are relative."""
+    return context_of(inner_model(model).config)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """The context length of a model of this configuration."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def head_scaling(model: nn.Module) -> tuple[float, float | None]:

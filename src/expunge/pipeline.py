@@ -6,6 +6,7 @@
 A stage leaves `OUT/stages/NAME.json` with a hash of its inputs; the same command goes on where it was cut off.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
@@ -23,14 +24,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from expunge import hub
 from expunge.adapters import add_lora, lora_config, merge
 from expunge.callbacks import StopOnInterrupt, last_checkpoint
+from expunge.claim import claimed
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, Text, Unpaired, load_corpus, load_pairs, load_prompts, load_unpaired
 from expunge.errors import ExpungeError, Interrupted
 from expunge.methods import METHODS, Method
-from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, check_room, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import is_adapter, load_model, load_outline, loading_options, weights_digest
+from expunge.models import context_of, is_adapter, load_model, load_outline, loading_options, weights_digest
 from expunge.monitor import FIGURES, Monitor, light_plan
 from expunge.provenance import digest, digest_all, environment, peak_memory_bytes
 from expunge.registry import UnknownName, did_you_mean
@@ -38,6 +40,7 @@ from expunge.report import write_report
 from expunge.rows import Row, write_lines, write_rows
 from expunge.scorers import Scorer, load_scorer
 from expunge.training import UnlearnConfig, UnlearnTrainer
+from expunge.whole import whole, write_text
 
 log = logging.getLogger("expunge")
 
@@ -172,10 +175,11 @@ def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any
     for key in settings:
         if key not in fields:
             raise ExpungeError(f"unknown key {section + '.' + key!r}{did_you_mean(key, fields)}")
-    simple = (int, float, bool, str)
+    simple = (int, float, bool, str, type(None))
     return {
-        key: convert(fields[key].type, value, f"{section}.{key}") if fields[key].type in simple else value
+        key: convert(hint, value, f"{section}.{key}") if all(part in simple for part in get_args(hint) or [hint]) else value
         for key, value in settings.items()
+        for hint in [fields[key].type]
     }
 
 
@@ -231,57 +235,49 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     args = build_training(config.training, folder, config.seed)
     check_model(config)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    _, tokenizer = outline_of(config)
+    outline, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
+    check_room(data, evaluation_plan(config.evaluation), tokenizer, context_of(outline))
     monitor_data(config, args, tokenizer)
-    train(config, folder, quiet)
-    if not is_main_process():
-        return []
-    rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet, config.revision)
-    write_report(folder)
+    with claim(folder, config):
+        train(config, folder, quiet)
+        if not is_main_process():
+            return []
+        rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet, config.revision)
+        write_report(folder)
     return rows
 
 
-def claim(folder: Path, config: RunConfig) -> None:
-    """Make `folder` this run's; ExpungeError where it holds another run or something else."""
-    if not is_main_process():
-        return
+def claim(folder: Path, config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Hold `folder` for this run inside a `with`: see `claimed`."""
+    return claimed(folder, dataclasses.asdict(config), MEASURED) if is_main_process() else contextlib.nullcontext()
+
+
+def reference_of(folder: Path) -> str | None:
+    """The model that the run in `folder` started from; None where it holds no run."""
     path = folder / "config.yaml"
-    wanted = dataclasses.asdict(config)
-    if path.exists():
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        difference = _first_difference(found, wanted, "", ignore=MEASURED)
-        if difference:
-            raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
+    if not path.is_file() or not (folder / "model").is_dir():
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_text(path, yaml.safe_dump(wanted, sort_keys=False))
-    except OSError as error:
-        raise ExpungeError(f"{folder}: cannot write there ({error.strerror})") from None
+        return yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise ExpungeError(f"{path}: not the configuration of a run: name its model's folder, and --reference") from None
 
 
-def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str] = ()) -> str | None:
-    if path in ignore:
-        return None
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            found = _first_difference(there.get(key), here.get(key), f"{path}.{key}".lstrip("."), ignore)
-            if found:
-                return found
-        return None
-    return None if there == here else f"{path} is {there!r} there and {here!r} here"
+def loading_of(folder: Path) -> dict[str, Any]:
+    """How the run in `folder` loaded its model, but for code of its own: the run may be another's."""
+    run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
+    return {name: value for name, value in how.items() if value}
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
-    """Make `folder` this run's and train into `folder/model`, from the last complete checkpoint. Skipped when it is done.
+    """Train into `folder/model`, from the last complete checkpoint. Skipped when it is done; `folder` is claimed before.
 
     With `training.push_to_hub` the model goes to the hub then, once.
     """
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
     data = training_data(config, outline_of(config)[1], args)
-    claim(folder, config)  # not before the data is seen to be good
     key = digest([config.model, config.revision, loading(config), config.method, config.training, config.lora, config.seed])
     key = digest([key, _hash(data)])
     wanted = args.push_to_hub and is_main_process() and not _done(folder, "push", key)
@@ -326,9 +322,11 @@ def _train(config: RunConfig, args: UnlearnConfig, data: list[Pair] | Unpaired, 
         )
     if merged:
         trainer.model = merge(trainer.model)
-    trainer.save_model(str(folder / "model"))
     if not is_main_process():
+        trainer.save_model(str(folder / "model"))  # gives its part
         return
+    with whole(folder / "model") as temporary:
+        trainer.save_model(str(temporary))
     write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
         "reference_sha256": model_digest,
@@ -423,7 +421,7 @@ def _evaluate(
 
 
 def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
-    stages = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "stages").glob("*.json"))}
+    stages = {path.stem: _record(path) for path in sorted((folder / "stages").glob("*.json"))}
     facts = {
         "environment": environment(),
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
@@ -432,7 +430,7 @@ def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]
         "seconds": round(sum(stage.get("seconds", 0) for stage in stages.values()), 1),
         "peak_memory_bytes": max((stage.get("peak_memory_bytes", 0) for stage in stages.values()), default=0),
     }
-    _write_text(folder / "provenance.json", json.dumps(facts, indent=2))
+    write_text(folder / "provenance.json", json.dumps(facts, indent=2))
 
 
 def _data_facts(sources: DataConfig, data: list[Pair] | Unpaired, trainer: UnlearnTrainer) -> dict[str, Any]:
@@ -460,15 +458,16 @@ def _hash(data: Sequence[Pair] | Sequence[Text] | Unpaired) -> str:
 
 def _done(folder: Path, stage: str, key: str) -> bool:
     path = folder / "stages" / f"{stage}.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+    return path.exists() and _record(path).get("key") == key
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a stage left of itself."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ExpungeError(f"{path}: not the JSON object that the stage left: remove it, and the stage runs again") from None
 
 
 def _finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
-    _write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))

@@ -6,10 +6,13 @@
 Plug-ins register by decorator (`@METHODS.register("mine")`) or by an entry point in the group `expunge.methods`.
 """
 
+import ast
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -59,3 +62,23 @@ class Registry(Generic[T]):
             module, _, attribute = entry.partition(":")
             entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
         return entry  # type: ignore[return-value]
+
+    def about(self, name: str, constant: str, default: str = "") -> str:
+        """A text of the class called `name`, such as its `__doc__`; of a built-in one read from its source, not imported.
+
+        default: where the class body says nothing. Raises `UnknownName`.
+        """
+        entry = self._entries.get(name)
+        if not isinstance(entry, str):
+            return getattr(self.get(name), constant, None) or default
+        module, _, attribute = entry.partition(":")
+        found = importlib.util.find_spec(module)
+        assert found and found.origin, f"{entry}: no such module"
+        tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+        [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == attribute]
+        if constant == "__doc__":
+            return ast.get_docstring(body) or default
+        for node in body.body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == constant and node.value:
+                return ast.literal_eval(node.value)
+        return default

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.errors import ExpungeError
+from expunge.whole import whole
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -46,13 +47,10 @@ class Row:
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines atomically: a temporary name, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    """Write JSON lines: the whole file or none."""
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    temporary.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 import random
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -37,6 +39,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
 from expunge.callbacks import StepBar
+from expunge.config import at_least
 from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.data.rows import PairRows, SetRows
 from expunge.data.tokenize import encode, leading_tokens
@@ -46,10 +49,29 @@ from expunge.methods import Method
 from expunge.models import Reference, context_length, inner_model, original, weights_digest, width, without_dropout
 from expunge.registry import did_you_mean
 from expunge.states import StoredStates
+from expunge.whole import cannot_write
 
 HEADS = "expunge_heads"
 LOW = ("loss", "toxicity", "perplexity")
 """How the names begin of figures that are better low, where `greater_is_better` is not given."""
+
+LEAST = {
+    "learning_rate": 0,
+    "heads_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0.01,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_prompt_tokens": 1,
+    "max_continuation_tokens": 1,
+    "anchor_tokens": 1,
+    "logging_steps": 0.01,
+    "save_steps": 0.01,
+    "seed": 0,
+}
+"""The least that training takes; transformers would divide by zero, or train upwards."""
 
 log = logging.getLogger("expunge")
 
@@ -92,6 +114,7 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():  # accelerate takes several processes for several runs without it
             self.use_cpu = True
+        at_least("training", self, **LEAST)
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = not self.metric_for_best_model.removeprefix("eval_").startswith(LOW)
         super().__post_init__()
@@ -312,10 +335,16 @@ class UnlearnTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is written again is incomplete until it is whole: its state goes first and comes last."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise cannot_write(folder, error) from None
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

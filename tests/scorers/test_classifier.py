@@ -87,7 +87,7 @@ def test_what_is_no_classifier_is_one_line(classifier, tmp_path):
     folder = classifier(["neutral", "toxic"], cls=DistilBertModel)
     for name, said in {
         f"hf:{folder}": "no sequence classifier: .* is not in its weights",
-        f"hf:{tmp_path}/nowhere": "cannot load a sequence classifier",
+        f"hf:{tmp_path}/nowhere": "no such folder; a sequence classifier",
     }.items():
         with pytest.raises(ExpungeError, match=said) as caught:
             load_scorer(name)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
-import torch
-from torch import nn
-
 from expunge.config import convert
 from expunge.errors import ExpungeError
 from expunge.registry import Registry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # names are listed and completed without waiting for torch
+    import torch
+    from torch import nn
+
     from expunge.engine import Step
     from expunge.models import Layer
 
@@ -58,11 +58,11 @@ class Method:
                 f"{self.name} compares the two sides of a pair: give pairs (data.train, --pairs), not two sets"
             )
 
-    def heads(self, width: int) -> Mapping[str, nn.Module]:
+    def heads(self, width: int) -> "Mapping[str, nn.Module]":
         """Modules trained beside a model of residual width `width`, and left out of the exported model."""
         return {}
 
-    def loss(self, step: "Step") -> Mapping[str, torch.Tensor]:
+    def loss(self, step: "Step") -> "Mapping[str, torch.Tensor]":
         """Scalars by name. Each is logged; their sum is trained."""
         raise NotImplementedError
 

@@ -93,6 +93,7 @@ def evaluate_model(
     from there. Raises ExpungeError where a prompt or pair does not fit the model's context.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    check_room(data, plan, tokenizer, context_length(model))
     training = model.training
     model.eval()
     try:
@@ -116,6 +117,31 @@ def evaluate_model(
     finally:
         model.train(training)
     return found
+
+
+def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, context: int) -> None:
+    """Raise ExpungeError for what cannot be measured on a model of so many tokens' context, before anything is."""
+    start, most = len(leading_tokens(tokenizer)), plan.prompt_tokens
+    for name, text in data.corpora.items():
+        if start + len(encode(tokenizer, text[:1000])) < 2:
+            raise ExpungeError(f"data.corpus={name}: fewer than two tokens; perplexity needs a text")
+    prompts = [text for texts in data.challenge.values() for text in texts] + [row.text for row in data.neutral]
+    lengths = [min(most, len(encode(tokenizer, text))) for text in prompts]
+    for index, pair in enumerate(data.pairs):
+        prompt = len(encode(tokenizer, pair.prompt))
+        for side in plan.sides:
+            length = len(encode(tokenizer, getattr(pair, side)))
+            lengths.append(min(most, prompt) + max((k for k in plan.ks if k < length), default=0))
+            if max(1, start + prompt) + length > context:
+                raise ExpungeError(
+                    f"held-out pair {index}: prompt and {side} side have {start + prompt + length} tokens, more than the "
+                    f"context of {context}; shorten the pair"
+                )
+    if lengths and max(1, start + max(lengths)) + plan.max_new_tokens > context:
+        raise ExpungeError(
+            f"a prompt of {start + max(lengths)} tokens and {plan.max_new_tokens} new ones exceed the model's context of "
+            f"{context}: lower evaluation.prompt_tokens ({most}) or evaluation.max_new_tokens"
+        )
 
 
 class _Evaluator:
@@ -158,20 +184,10 @@ class _Evaluator:
         for side in self.plan.sides if data.pairs else ():
             texts = [self.encode(getattr(pair, side)) for pair in data.pairs]
             rows = [(prompt + text, len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
-            self.check_room(side, rows)
             self.perplexity(Key("continuation_perplexity", "heldout", side=side), *row_nll(self.model, rows))
 
     def perplexity(self, key: Key, nll: np.ndarray, weights: np.ndarray) -> None:
         self.found.figures.append(Figure(key, "perplexity", np.stack([nll, weights], axis=1).astype(np.float64)))
-
-    def check_room(self, side: str, rows: list[tuple[list[int], int]]) -> None:
-        context = context_length(self.model)
-        for index, (ids, _) in enumerate(rows):
-            if len(ids) > context:
-                raise ExpungeError(
-                    f"held-out pair {index}: prompt and {side} side have {len(ids)} tokens, more than the context of "
-                    f"{context}; shorten the pair"
-                )
 
     def f1(self, neutral: Sequence[Any]) -> None:
         """F1 of the greedy continuation of each neutral prompt with what its source says next."""

@@ -11,8 +11,6 @@ A rank correlation keeps, per text, the two scores and the number of the prompt.
 """
 
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from expunge.errors import ExpungeError
 from expunge.metrics.stats import bootstrap, rank_correlation, ratio_of_sums
 from expunge.rows import Row, read_lines, write_lines
+from expunge.whole import whole
 
 Estimate = tuple[float, float | None, float | None]
 """A value and its 95 % interval, which a single unit does not have."""
@@ -110,16 +109,12 @@ class Evaluation:
         }
 
     def save(self, path: Path) -> None:
-        """Write the folder `path` (safetensors and JSON lines) under a temporary name of this process, then rename it."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_lines(temporary / "figures.jsonl", ({"kind": f.kind, **asdict(f.key)} for f in self.figures))
+        """Write the folder `path` (safetensors and JSON lines), whole or not at all."""
         columns = {str(i): np.ascontiguousarray(f.columns, dtype=np.float64) for i, f in enumerate(self.figures)}
-        save_file(columns, temporary / "columns.safetensors")
-        write_lines(temporary / "samples.jsonl", self.samples)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            write_lines(temporary / "figures.jsonl", ({"kind": f.kind, **asdict(f.key)} for f in self.figures))
+            save_file(columns, temporary / "columns.safetensors")
+            write_lines(temporary / "samples.jsonl", self.samples)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":

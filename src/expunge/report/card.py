@@ -18,10 +18,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from expunge.report.files import RunFiles, flat, write_text
+from expunge.report.files import RunFiles, flat
 from expunge.report.formats import markdown, to_markdown
 from expunge.report.tables import headline, headline_rows
 from expunge.rows import Row
+from expunge.whole import write_text
 
 log = logging.getLogger("expunge")
 

@@ -125,14 +125,3 @@ def _provenance(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ExpungeError(f"{path}: expected a JSON object, found {type(facts).__name__}")
     return facts
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a temporary name, then a rename. ExpungeError where that cannot be."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ExpungeError(f"{path}: cannot write there ({error.strerror})") from None

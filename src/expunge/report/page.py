@@ -18,12 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from expunge.errors import ExpungeError
 from expunge.report.card import write_card
 from expunge.report.charts import HEIGHT, MARK, WIDTH, curves, marks
-from expunge.report.files import RunFiles, flat, read_run, read_text, write_text
+from expunge.report.files import RunFiles, flat, read_run, read_text
 from expunge.report.formats import to_csv, to_latex, to_markdown
 from expunge.report.frontier import BOTTOM, LEFT, RIGHT, TOP, Frontier, frontier
 from expunge.report.samples import LENGTH, VEIL, choose
 from expunge.report.tables import CHALLENGE, FORCED, Cell, Table, full, headline
 from expunge.report.text import clip, short, visible
+from expunge.whole import write_text
 
 MAX_BYTES = 3_000_000
 FIGURES, CHECKPOINTS, FACTS = 2_000, 400, 400  # lines of the full table, of the frontier's, of the provenance

@@ -158,6 +158,22 @@ def full(rows: Sequence[Row]) -> Table:
     return _without_empty(Table(("figure", *columns, "n"), tuple(lines)))
 
 
+def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The headline's unrounded figures of one run: the fields of `Figure`, then each role as value, low and high; and n."""
+    return [
+        {
+            **figure._asdict(),
+            **{role: _interval(roles[role]) for role in ("reference", "unlearned", "ratio") if role in roles},
+            "n": next(iter(roles.values())).n,
+        }
+        for figure, roles in headline_rows(rows)
+    ]
+
+
+def _interval(row: Row) -> dict[str, float | None]:
+    return {"value": row.value, "low": row.ci_low, "high": row.ci_high}
+
+
 def by_figure(rows: Iterable[Row]) -> dict[Figure, dict[str, Row]]:
     """Rows by figure, then by role; ExpungeError where two rows claim one place."""
     index: dict[Figure, dict[str, Row]] = {}

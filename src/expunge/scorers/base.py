@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Scorer(ABC):
@@ -15,5 +17,5 @@ class Scorer(ABC):
     """Hex sha256 of all that decides its scores: recorded in provenance, part of cache keys."""
 
     @abstractmethod
-    def score(self, texts: Sequence[str]) -> np.ndarray:
+    def score(self, texts: Sequence[str]) -> "np.ndarray":
         """float64 `[N]` in [0, 1], one per text, in order; an empty or blank text is 0."""

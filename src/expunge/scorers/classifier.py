@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from expunge.errors import ExpungeError
-from expunge.models import in_batches, weights_digest
+from expunge.models import in_batches, reading, weights_digest
 from expunge.scorers.base import Scorer
 
 BATCH_TOKENS = 8192
@@ -32,14 +32,12 @@ class ClassifierScorer(Scorer):
 
     def __init__(self, name: str):
         source, _, label = name.rpartition("@") if "@" in name else (name, "", "")
-        try:
+        with reading(source, "sequence classifier", "its weights"):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, use_safetensors=True, output_loading_info=True
             )
+        with reading(source, "sequence classifier", "its tokenizer"):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ExpungeError(f"hf:{source}: cannot load a sequence classifier and its tokenizer ({reason})") from None
         if info["missing_keys"]:
             raise ExpungeError(
                 f"hf:{source}: no sequence classifier: {sorted(info['missing_keys'])[0]} is not in its weights"
