@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -101,7 +102,9 @@ def world(tmp_path_factory, tokenizer) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("world")
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=1024, **ends)
-    GPT2LMHeadModel(config).save_pretrained(folder / "tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
     turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     (folder / "tiny/chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}<assistant>{% endif %}")
