@@ -451,8 +451,9 @@ def test_a_second_process_is_refused_while_the_first_holds_the_folder(kit, capfd
     first.kill()
     first.wait()
     assert (out / ".lock").exists()  # left by the killed one
+    (out / "config.yaml.1.tmp").write_text("half")
     assert call(kit.fill(TRAIN)) == 0
-    assert not (out / ".lock").exists()
+    assert not (out / ".lock").exists() and not list(out.rglob("*.tmp"))
     assert (out / "model" / "model.safetensors").is_file()
 
 

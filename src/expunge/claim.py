@@ -9,7 +9,6 @@ with claimed(Path("runs/first"), settings):
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 
 from expunge.errors import ExpungeError
-from expunge.whole import cannot_write, write_text
+from expunge.whole import cannot_write, remove, write_text
 
 CONFIG, LOCK = "config.yaml", ".lock"
 
@@ -40,6 +39,8 @@ def claimed(folder: Path, settings: Mapping[str, Any], may_change: Sequence[str]
         except OSError as error:
             raise cannot_write(folder, error) from None
         _check(folder, settings, may_change)  # another may have come and gone
+        for unfinished in list(folder.rglob("*.tmp")):  # of a process that was killed
+            remove(unfinished)
         first = not (folder / CONFIG).exists()
         write_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False))
         try:
@@ -59,10 +60,8 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+        if path.name != LOCK:
+            remove(path)
 
 
 @contextlib.contextmanager
@@ -104,7 +103,7 @@ def _check(folder: Path, settings: Mapping[str, Any], may_change: Sequence[str])
             raise ExpungeError(f"{path}: not valid YAML: choose another --out, or remove the folder") from None
         if difference := _first_difference(found, settings, "", may_change):
             raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
-    elif folder.is_dir() and any(inside.name != LOCK for inside in folder.iterdir()):
+    elif folder.is_dir() and any(inside.name != LOCK and not inside.match(f"{CONFIG}.*.tmp") for inside in folder.iterdir()):
         raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
 
 

@@ -22,17 +22,17 @@ def whole(path: Path) -> Iterator[Path]:
     Raises ExpungeError where the place cannot be written to or has no room.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    remove(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_dir():
-            _remove(path)
+            remove(path)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from None
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +46,8 @@ def cannot_write(path: Path, error: Exception) -> ExpungeError:
     return ExpungeError(f"{path}: cannot be written ({reason}): make room there, or name another folder")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing where it is not there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
