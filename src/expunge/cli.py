@@ -4,6 +4,7 @@ Results go to standard output, all else to standard error. Bad input is one line
 checkpoint and exits with 130 (docs/cli.md).
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -354,6 +355,81 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")], as_j
     _print_paths({"report": write_report(folder)}, as_json)
 
 
+pairs_app = typer.Typer(no_args_is_help=True, help="Make preference pairs, or look a set over.")
+app.add_typer(pairs_app, name="pairs")
+
+
+@pairs_app.command("build")
+@loads_a_model
+def build_pairs(
+    overrides: Overrides = None,
+    prompts: Annotated[
+        str, typer.Option(help="What is continued: a named set, a file or a hub set.", autocompletion=PROMPTS)
+    ] = "builtin-tuning",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Whose continuations: builtin, a hub name or a folder.")
+    ] = "builtin",
+    strategy: Annotated[str, typer.Option(help="best-of-n: its own samples; pplm: pushed by a probe.")] = "best-of-n",
+    preset: Annotated[str | None, typer.Option(help="Published settings of pplm: lee2024 (default) or pplm.")] = None,
+    scorer: Annotated[
+        str, typer.Option(help="Tells the sides apart; let it not be the judge.", autocompletion=completer("scorers"))
+    ] = "wordvec",
+    probe_data: Annotated[
+        str, typer.Option(help="What pplm's probe is fitted on: labelled text, or a named set of pairs.")
+    ] = "builtin",
+    limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly spread over the set.", min=1)] = None,
+    output: Annotated[Path, typer.Option("--out", "-o", help="The file of pairs, JSON lines.")] = Path("pairs.jsonl"),
+    quiet: Quiet = False,
+    as_json: Json = False,
+    *,
+    loading: dict[str, Any],
+) -> None:
+    """Pairs from a model's own continuations: key=value sets fields of the strategy, such as samples=16 or toxic=0.6."""
+    import dataclasses
+
+    from expunge.config import load_config
+    from expunge.data import load_prompts
+    from expunge.data.builders import STRATEGIES
+    from expunge.data.pair_files import probe_for, write_pairs
+    from expunge.data.pplm import PRESETS
+    from expunge.models import load_model
+    from expunge.scorers import load_scorer
+
+    for what, name, known in (("strategy", strategy, STRATEGIES), ("preset", preset, PRESETS)):
+        if name is not None and name not in known:
+            raise ExpungeError(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+    if preset and strategy != "pplm":
+        raise ExpungeError(f"--preset {preset}: settings of --strategy pplm; {strategy} has none")
+    recipe = load_config(STRATEGIES[strategy], [], overrides or [], base=PRESETS[preset] if preset else None)
+    _hush()
+    loaded, tokenizer = load_model(model, **{"dtype": "float32", **loading})
+    texts = [prompt.text for prompt in load_prompts(prompts, limit, tokenizer)]
+    probe = probe_for(loaded, tokenizer, probe_data) if strategy == "pplm" else None
+    with _bar("prompts", quiet) as advance:
+        report = write_pairs(output, loaded, tokenizer, texts, load_scorer(scorer), recipe, probe, advance)
+    _print_tree({"file": str(output), **dataclasses.asdict(report)}, as_json)
+
+
+@pairs_app.command("validate")
+def validate_pairs(
+    source: Annotated[str, typer.Argument(help="Preference pairs: a named set, a file or a hub set.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Whose tokenizer counts tokens, and renders chats.")
+    ] = "builtin",
+    scorer: Annotated[str, typer.Option(help="A scorer's name.", autocompletion=completer("scorers"))] = "ngram",
+    as_json: Json = False,
+) -> None:
+    """Look a set of pairs over: form, lengths, repeats, scores, and warnings of what would mislead training."""
+    from expunge.data import load_pairs
+    from expunge.data.pair_files import look_over
+    from expunge.models import load_outline
+    from expunge.scorers import load_scorer
+
+    _hush()
+    _, tokenizer = load_outline(model)
+    _print_tree(look_over(load_pairs(source, tokenizer=tokenizer), tokenizer, load_scorer(scorer)), as_json)
+
+
 @app.command("list")
 def list_(
     what: Annotated[
@@ -482,6 +558,17 @@ def _print_headline(folder: Path, as_json: bool) -> None:
         table.add_row(*row)
     out.print(table)
     _print_paths({"report": folder / "report.html"}, as_json)
+
+
+@contextlib.contextmanager
+def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; inside, (done, in all) moves it on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print_paths(paths: dict[str, Path], as_json: bool) -> None:

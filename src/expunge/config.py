@@ -95,7 +95,7 @@ class MonitorConfig:
     """At most so many of its tokens."""
 
     def __post_init__(self) -> None:
-        at_least("lora", self, rank=1, alpha=1)
+        at_least("monitor", self, limit=1, samples=1, tokens=2)
 
 
 @dataclasses.dataclass

@@ -77,7 +77,9 @@ def parse_object(text: str, where: str, strict: bool = False) -> dict[str, Any]:
         record = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise ExpungeError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ExpungeError(f"{where}: JSON nested too deep to be a record") from None
+    except ValueError as error:
         raise ExpungeError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise ExpungeError(f"{where}: expected a JSON object, found {type(record).__name__}")

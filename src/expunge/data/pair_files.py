@@ -75,6 +75,7 @@ def write_pairs(
             progress(min(start + CHUNK, len(prompts)), len(prompts))
     total = _sum(reports, len(pairs))
     if not pairs:
+        shutil.rmtree(parts)
         raise ExpungeError(f"no prompt of {len(prompts)} gave a pair ({total.dropped}); lower toxic, or take other prompts")
     write_lines(path, pairs)
     path.with_suffix(".facts.json").write_text(json.dumps({**facts, **asdict(total)}, indent=1) + "\n", encoding="utf-8")
