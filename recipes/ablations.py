@@ -39,6 +39,8 @@ VARIANTS = {
     "states into block 4 of 12": ["method.layer=4"],
     "erased on all tokens": ["method.erase_on=all"],
     "reverse KL": ["method.kl=reverse"],
+    "PPLM pairs": ["data.train=builtin-pplm"],
+    "ParaDetox pairs": ["data.train=paradetox"],
 }
 BASE = {
     "method": {"name": "repo", "weight": 1.0},
@@ -64,7 +66,8 @@ def measure(variant: str, seed: int) -> None:
     """One run, unless its line is there for the same configuration."""
     config = load_config(RunConfig, [], [f"seed={seed}", *VARIANTS[variant]], base=BASE)
     settings = resolve(config)
-    key = digest([BASE, settings.method, settings.training, seed])
+    data = [change for change in VARIANTS[variant] if change.startswith("data.")]
+    key = digest([BASE, settings.method, settings.training, seed, *data])
     if any(line["config"] == key for line in _lines()):
         return
     folder = Path("runs/ablations") / key[:12]
@@ -129,11 +132,12 @@ def _interval(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="print the table of what there is, and stop")
+    parser.add_argument("--only", nargs="+", default=VARIANTS, help="some of the changes, by name")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the training runs")
     arguments = parser.parse_args()
     if not arguments.table:
         for seed in arguments.seeds:
-            for variant in VARIANTS:
+            for variant in arguments.only:
                 measure(variant, seed)
     print(table())
 
