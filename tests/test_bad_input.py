@@ -375,7 +375,7 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "a folder whose configuration is broken": (RUN, r"config.yaml: not valid YAML: choose another --out", finished("config.yaml", "a: [")),
     "a broken record of a stage": (RUN, r"train.json: not the JSON object.*remove it", finished("stages/train.json", "{")),
     "a report of nothing": ("report {place}/none", r"none holds no run \(config.yaml is missing\): give a folder", None),
-    "a report of an unfinished run": ("report {out}", r"not finished \(results.jsonl is missing\): `expunge run", finished("results.jsonl", None)),
+    "a report of an unfinished run": ("report {out}", r"not finished \(results.jsonl is missing\): the command that began it", finished("results.jsonl", None)),
     "a report with a broken line": ("report {out}", r"results.jsonl:2: not valid JSON", finished("results.jsonl", '{"stage": "evaluate"}\n{"st')),
     "a report with half a row": ("report {out}", r"results.jsonl: a row is incomplete", finished("results.jsonl", '{"stage": "evaluate"}\n')),
     "a report with a word for a figure": ("report {out}", r"results.jsonl: row 1 .*'many'", finished("results.jsonl", '{"stage": "evaluate", "subject": "reference", "metric": "f1", "value": "many"}\n')),

@@ -101,6 +101,34 @@ def test_the_same_command_again_changes_nothing(home, tmp_path, capsys):
     assert before == ((out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns)
 
 
+def test_pairs_that_changed_are_trained_on_anew(home, tmp_path):
+    """Neither is the training done before, nor do its checkpoints count."""
+    pairs = tmp_path / "pairs.jsonl"
+    shutil.copy(home / "pairs.jsonl", pairs)
+
+    def train(out: str) -> bytes:
+        small = ["--quiet", "training.max_steps=2", "training.per_device_train_batch_size=2", "training.warmup_steps=0"]
+        assert call("train", "--model", home / "model", "--pairs", pairs, "--out", tmp_path / out, *small) == 0
+        return (tmp_path / out / "model" / "model.safetensors").read_bytes()
+
+    first = train("out")
+    pairs.write_text(pairs.read_text().replace("calm", "kind"))
+    assert train("out") == train("other") != first
+
+
+def test_a_run_s_folder_is_not_an_evaluation_s(home, tmp_path, capsys):
+    out, measured = tmp_path / "out", run_arguments(home, tmp_path)[8:]
+    assert call(*run_arguments(home, out), "training.max_steps=1") == 0
+    saved = (out / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert call("evaluate", home / "model", "--out", out, "--quiet", *measured, "training.max_steps=1") == 2
+    assert "another run" in one_line(capsys)
+    assert (out / "results.jsonl").read_bytes() == saved
+    assert call("evaluate", out, "--out", tmp_path / "again", "--quiet", *measured) == 0
+    rows = [json.loads(line) for line in (tmp_path / "again" / "results.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows if row["subject"] == "unlearned"} == {"repo"}
+
+
 def test_a_folder_with_another_run_is_left_alone(home, tmp_path, capsys):
     out = tmp_path / "out"
     assert call(*run_arguments(home, out)) == 0
@@ -386,7 +414,7 @@ def test_the_plan_and_the_doctor_show_how_a_model_is_loaded(home, tmp_path, caps
         assert call("doctor", "--model", home / "model", "--pairs", home / "pairs.jsonl", "--dtype", dtype, "lora.r=2") == 0
         found = yaml.safe_load(capsys.readouterr().out)
         assert found["run"]["dtype"] == dtype
-        memory[dtype] = found["run"]["memory in GB"]["weights"]
+        memory[dtype] = found["run"]["memory_gb"]["weights"]
     assert "bitsandbytes" in found["machine"]["quantization"] and found["reports"]
 
 
@@ -426,7 +454,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments, said):
         ("train --pairs b", ["builtin", "builtin-heldout", "builtin-validation"]),
         ("doctor --budget ", ["quick", "full"]),
         ("evaluate x --prompts r", ["rtp-challenge"]),
-        ("score x --scorer ", ["ngram", "wordvec", "hf:"]),
+        ("score x --scorer ", ["ngram", "perspective", "wordvec", "hf:", "perspective:"]),
     ],
 )
 def test_the_shell_completes_names_without_torch(words, offered):

@@ -58,5 +58,7 @@ def test_what_cannot_be_fitted(tiny_model):
     states, _ = labelled(n=20)
     with pytest.raises(ExpungeError, match="the rarer one has 0"):
         fit_probe(states, [1] * 20)
+    with pytest.raises(ExpungeError, match="not all finite"):
+        fit_probe(torch.full((20, 3), torch.inf), [0, 1] * 10)
     with pytest.raises(ExpungeError, match="without tokens"):
         pooled_states(tiny_model(), [[1], []])

@@ -27,7 +27,8 @@ RECIPE = PPLM(iterations=5)
 
 def fresh_prompts(model: Any, tokenizer: Any, scorer: Scorer) -> list[str]:
     """FRESH more remarks by the model, none of them a prompt of any set in the package."""
-    known = {row["prompt"] for path in ASSETS.parent.glob("p*/*.jsonl") for row in read_lines(path)}
+    files = [path for path in ASSETS.parent.glob("p*/*.jsonl") if path.name != "pplm.jsonl"]
+    known = {row["prompt"] for path in files for row in read_lines(path)}
     [remark] = [style for style in STYLES if style.name == "remark"]
     found: dict[str, None] = {}
     for seed in count(SEED):

@@ -8,12 +8,15 @@ with stop:
 
 import json
 import logging
+import shutil
 import signal
 from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+
+MARK = "inputs.sha256"
 
 log = logging.getLogger("expunge")
 
@@ -57,6 +60,24 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class Mark(TrainerCallback):
+    """Leaves, beside checkpoints, the hash of what they come from: model, data, method and settings."""
+
+    def __init__(self, folder: Path, key: str):
+        self.path, self.key = folder / MARK, key
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.path.write_text(self.key, encoding="utf-8")
+
+
+def forget_others(folder: Path, key: str) -> None:
+    """Remove checkpoints that do not come from what `key` is the hash of, such as those of pairs that have changed since."""
+    if any(folder.glob("checkpoint-*")) and not ((folder / MARK).is_file() and (folder / MARK).read_text("utf-8") == key):
+        log.info("%s: of other data or settings, removed", folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -235,17 +235,18 @@ def evaluate(
     if not pipeline.is_main_process():
         return
     started_from = pipeline.reference_of(Path(model))
-    if started_from:
-        loading = pipeline.loading_of(Path(model)) | loading
+    origin: dict[str, Any] = pipeline.origin_of(Path(model)) if started_from else {}
+    method = origin.pop("method", {})
     name = str(Path(model) / "model") if started_from else model
-    settings = _settings(overrides, config, name, None, None, budget, loading)
+    settings = _settings(overrides, config, name, None, None, budget, origin | loading)
+    settings.method = method
+    revision = settings.revision if started_from and not reference else None  # another reference has its own
     reference = reference or started_from
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
-    revision = settings.revision if started_from else None  # of the model alone
-    with pipeline.claim(output, settings):
+    with pipeline.claim(output, settings, evaluate={"reference": reference}):
         pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
         write_report(output)
     _print_headline(output, as_json)
@@ -273,9 +274,9 @@ def generate(
     from expunge.models import load_model
 
     _hush()
-    loaded, tokenizer = load_model(model, **loading)
+    loaded, tokenizer = load_model(model, **{"dtype": "float32", **loading})
     if prompts == "-":
-        texts = sys.stdin.read().splitlines()
+        texts = _read_stdin().splitlines()
     else:
         texts = [prompt.text for prompt in load_prompts(prompts, tokenizer=tokenizer)]
     ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -306,7 +307,7 @@ def score(
     names = scorer or ["ngram"]
     if any(name.startswith("hf:") for name in names):
         _hush()
-    records = parse_lines(sys.stdin.read(), "standard input") if file == "-" else read_lines(Path(file))
+    records = parse_lines(_read_stdin(), "standard input") if file == "-" else read_lines(Path(file))
     for number, record in enumerate(records, 1):
         if not isinstance(record.get("text"), str):
             raise ExpungeError(f"{file}: record {number} has no field 'text' that is a string")
@@ -402,11 +403,12 @@ def build_pairs(
         raise ExpungeError(f"--preset {preset}: settings of --strategy pplm; {strategy} has none")
     recipe = load_config(STRATEGIES[strategy], [], overrides or [], base=PRESETS[preset] if preset else None)
     _hush()
+    judge = load_scorer(scorer)
     loaded, tokenizer = load_model(model, **{"dtype": "float32", **loading})
     texts = [prompt.text for prompt in load_prompts(prompts, limit, tokenizer)]
     probe = probe_for(loaded, tokenizer, probe_data) if strategy == "pplm" else None
     with _bar("prompts", quiet) as advance:
-        report = write_pairs(output, loaded, tokenizer, texts, load_scorer(scorer), recipe, probe, advance)
+        report = write_pairs(output, loaded, tokenizer, texts, judge, recipe, probe, advance)
     _print_tree({"file": str(output), **dataclasses.asdict(report)}, as_json)
 
 
@@ -586,6 +588,13 @@ def _print_tree(tree: dict[str, Any], as_json: bool) -> None:
         _json_line(tree)
     else:
         print(yaml.safe_dump(tree, sort_keys=False, width=120), end="", flush=True)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ExpungeError(f"standard input: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
 def _json_line(record: dict[str, Any]) -> None:

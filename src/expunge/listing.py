@@ -3,6 +3,7 @@
 LISTINGS["methods"]()        # [{"name": "dpo", "family": "output", "description": "Prefer the chosen ..."}, ...]
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def scorers() -> Entries:
     return [
         *found,
         {"name": "hf:NAME[@LABEL]", "description": hub},
-        {"name": "perspective:NAME", "description": perspective},
+        {"name": "perspective:ATTRIBUTE", "description": perspective},
     ]
 
 
@@ -49,7 +50,7 @@ def completer(listing: str, **only: str) -> Callable[[str], list[tuple[str, str]
 
     def complete(incomplete: str) -> list[tuple[str, str]]:
         entries = [entry for entry in LISTINGS[listing]() if all(entry[key] == value for key, value in only.items())]
-        names = {entry["name"].partition("NAME")[0]: entry.get("description", "") for entry in entries}
+        names = {re.split("[A-Z]", entry["name"])[0]: entry.get("description", "") for entry in entries}
         return [(name, description) for name, description in names.items() if name.startswith(incomplete)]
 
     return complete

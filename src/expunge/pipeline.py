@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from expunge import hub
 from expunge.adapters import add_lora, lora_config, merge
-from expunge.callbacks import StopOnInterrupt, last_checkpoint
+from expunge.callbacks import Mark, StopOnInterrupt, forget_others, last_checkpoint
 from expunge.claim import claimed
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, cache_folder, convert
 from expunge.data import Pair, Text, Unpaired, load_corpus, load_pairs, load_prompts, load_unpaired
@@ -89,8 +89,9 @@ def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: boo
     """UnlearnConfig with `settings`; checkpoints go to `folder`."""
     values = _checked(UnlearnConfig, settings, "training")
     values.setdefault("seed", seed)
+    values.setdefault("disable_tqdm", quiet)
     try:
-        args = UnlearnConfig(output_dir=str(folder), disable_tqdm=quiet, **values)
+        args = UnlearnConfig(output_dir=str(folder), **values)
     except ValueError as error:
         raise ExpungeError(f"training: {' '.join(str(error).split())}") from None
     hub.check_settings(args)
@@ -240,17 +241,19 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     check_room(data, evaluation_plan(config.evaluation), tokenizer, context_of(outline))
     monitor_data(config, args, tokenizer)
     with claim(folder, config):
-        train(config, folder, quiet)
+        publish = _train_or_skip(config, folder, quiet)
         if not is_main_process():
             return []
         rows = measure(folder, config, folder / "model", config.model, data, scorers, quiet, config.revision)
         write_report(folder)
+        publish()  # with its card
     return rows
 
 
-def claim(folder: Path, config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """Hold `folder` for this run inside a `with`: see `claimed`."""
-    return claimed(folder, dataclasses.asdict(config), MEASURED) if is_main_process() else contextlib.nullcontext()
+def claim(folder: Path, config: RunConfig, **more: Any) -> contextlib.AbstractContextManager[None]:
+    """Hold `folder` for this run inside a `with`: see `claimed`. more: what tells other commands' folders apart."""
+    settings = dataclasses.asdict(config) | more
+    return claimed(folder, settings, MEASURED) if is_main_process() else contextlib.nullcontext()
 
 
 def reference_of(folder: Path) -> str | None:
@@ -264,10 +267,10 @@ def reference_of(folder: Path) -> str | None:
         raise ExpungeError(f"{path}: not the configuration of a run: name its model's folder, and --reference") from None
 
 
-def loading_of(folder: Path) -> dict[str, Any]:
-    """How the run in `folder` loaded its model, but for code of its own: the run may be another's."""
+def origin_of(folder: Path) -> dict[str, Any]:
+    """The method of the run in `folder`, and how it loaded its model, but for code of its own: it may be another's run."""
     run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
+    how = {name: run.get(name) for name in ("method", "revision", "dtype", "attn_implementation", "quantization")}
     return {name: value for name, value in how.items() if value}
 
 
@@ -276,10 +279,17 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
 
     With `training.push_to_hub` the model goes to the hub then, once.
     """
+    _train_or_skip(config, folder, quiet)()
+
+
+def _train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], None]:
+    """What `train` does, but for the push, which is what it returns."""
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
     data = training_data(config, outline_of(config)[1], args)
     key = digest([config.model, config.revision, loading(config), config.method, config.training, config.lora, config.seed])
     key = digest([key, _hash(data)])
+    if args.eval_strategy != "no":  # what is measured decides which checkpoint is best
+        key = digest([key, config.monitor, light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)])
     wanted = args.push_to_hub and is_main_process() and not _done(folder, "push", key)
     repo = hub.reserve(args, folder.resolve().name) if wanted else None
     args.push_to_hub = False  # or the trainer would push its checkpoints
@@ -287,10 +297,14 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
         log.info("train: done before")
     else:
         _train(config, args, data, folder, key)
-    if repo:
-        url = hub.push(folder / "model", repo, args)
-        log.info("train: pushed, %s", url)
-        _finish(folder, "push", key, {"repository": repo, "commit": url})
+
+    def publish() -> None:
+        if repo:
+            url = hub.push(folder / "model", repo, args)
+            log.info("train: pushed, %s", url)
+            _finish(folder, "push", key, {"repository": repo, "commit": url})
+
+    return publish
 
 
 def _train(config: RunConfig, args: UnlearnConfig, data: list[Pair] | Unpaired, folder: Path, key: str) -> None:
@@ -310,8 +324,12 @@ def _train(config: RunConfig, args: UnlearnConfig, data: list[Pair] | Unpaired, 
     if config.lora is not None:
         model = add_lora(model, config.revision, **lora)
     stop = StopOnInterrupt()
-    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=[stop], measure=monitor)
-    checkpoint = last_checkpoint(Path(args.output_dir))  # type: ignore[arg-type]
+    checkpoints = Path(args.output_dir)  # type: ignore[arg-type]
+    with args.main_process_first(desc="checkpoints"):
+        forget_others(checkpoints, key)
+    callbacks = [stop, Mark(checkpoints, key)]
+    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=callbacks, measure=monitor)
+    checkpoint = last_checkpoint(checkpoints)
     if checkpoint:
         log.info("train: going on from %s", checkpoint)
     with stop:

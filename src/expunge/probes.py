@@ -68,6 +68,7 @@ def pooled_states(
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, T]
         with torch.inference_mode():
             states = hidden_states(model, ids, mask.long(), (layer,))[layer].float()  # [B, T, d]
+        mask, lengths = mask.to(states.device), lengths.to(states.device)
         if pool == "last":
             pooled = states[torch.arange(len(batch)), lengths - 1]
         else:
@@ -82,8 +83,11 @@ def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds
     """L2 logistic regression on standardised features, mapped back to the raw space.
 
     states: `[N, d]`; labels: 0 or 1, N of them; c: scikit-learn's inverse strength of the penalty.
-    Raises ExpungeError where a label has fewer rows than there are folds; a probe near chance warns with its AUC.
+    Raises ExpungeError where a label has fewer rows than there are folds, or states are not finite; a probe near chance
+    warns with its AUC.
     """
+    if not torch.isfinite(states).all():
+        raise ExpungeError("the states are not all finite numbers; load the model in float32")
     x, y = states.double().numpy(), np.asarray(labels)
     least = min(int((y == label).sum()) for label in (0, 1))
     if least < folds:
@@ -96,7 +100,7 @@ def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds
             outside = cross_val_predict(pipeline, x, y, cv=splits, method="decision_function")
             scaler, regression = (step for _, step in pipeline.fit(x, y).steps)
         except ConvergenceWarning:
-            raise ExpungeError("the probe's logistic regression did not converge: are the states finite?") from None
+            raise ExpungeError("the probe's logistic regression did not converge") from None
     auc = float(roc_auc_score(y, outside))
     if auc < CHANCE:
         log.warning("the probe hardly tells the labels apart: AUC %.2f in cross-validation, 0.5 is chance", auc)

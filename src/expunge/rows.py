@@ -59,6 +59,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ExpungeError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ExpungeError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ExpungeError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
     return parse_lines(text, str(path))

@@ -114,6 +114,14 @@ def test_a_batch_equals_one_by_one_and_leaves_the_model_as_it_was(architecture, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_soft_token_that_is_certain_is_the_token(architecture, tiny_model):
+    model = tiny_model(architecture)
+    ids = torch.tensor([[5, 17, 9], [8, 11, 40]])
+    soft = torch.nn.functional.one_hot(ids, 320).float() @ pplm.embeddings(model, 320)
+    states = [body(model)(**inputs).last_hidden_state for inputs in ({"input_ids": ids}, {"inputs_embeds": soft})]
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
 def test_without_a_push_it_draws_from_the_plain_model(tiny_model, tokenizer):
     """The plain keys and values are not touched by the moved ones: gm_scale = 0 is step_size = 0 whatever the push."""
     model = tiny_model()

@@ -65,7 +65,7 @@ MISTAKES = {
     "UTF-16": ("a.jsonl", LINE.encode("utf-16"), ":1: a NUL byte, so not UTF-8 text but UTF-16 or a binary file"),
     "binary": ("a.csv", b"a,b\n1,\x002", ":2: a NUL byte"),
     "Latin-1": ("a.txt", b"one\ncaf\xe9", ":2: not UTF-8 text (byte 4 of the line)"),
-    "nested without end": ("a.jsonl", '{"a": ' + "[" * 100_000, ":1: not valid JSON ("),
+    "nested without end": ("a.jsonl", '{"a": ' + "[" * 100_000, ":1: JSON nested too deep"),
     "a number without end": ("a.jsonl", '{"a": ' + "1" * 5_000 + "}", ":1: not valid JSON ("),
     "a list without end": ("a.json", f"[{LINE},\n {LINE}", ":2: not valid JSON (after item 2"),
     "text after a list": ("a.json", f"[{LINE}]\n{LINE}", ":1: not valid JSON (after item 1"),

@@ -28,8 +28,9 @@ from expunge.probes import Probe, fit_probe, pooled_states
 from expunge.provenance import digest
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import Scorer
+from expunge.whole import write_text
 
-CHUNK = 4096  # prompts: many, so that enough of them are equally long
+CHUNK = 4096  # prompts: many, so that PPLM meets enough of equal length
 PROBE_TOKENS = 128  # read of a text
 
 log = logging.getLogger("expunge")
@@ -47,8 +48,9 @@ def write_pairs(
 ) -> BuildReport:
     """Pairs as JSON lines {prompt, chosen, rejected} in `path`, the recipe and what became of the prompts beside it.
 
-    Chunks are kept in `path`.parts until the file is whole, so that the same call goes on where it was cut off.
-    progress: called with (prompts done, prompts in all). Raises ExpungeError where no prompt gives a pair.
+    Chunks of 4,096 prompts are kept in `path`.parts until the file is whole, so that the same call goes on after the last.
+    progress: called with (prompts done, prompts in all). Of the report, scores and greedy sides count pairs that are dropped
+    because another chunk has them. Raises ExpungeError where no prompt gives a pair.
     """
     facts = {
         "strategy": type(recipe).__name__,
@@ -63,7 +65,13 @@ def write_pairs(
     for start in range(0, len(prompts), CHUNK):
         part = parts / f"{start:08d}.jsonl"
         if not part.exists():
-            made, report = build_pairs(model, tokenizer, prompts[start : start + CHUNK], scorer, recipe, probe=probe)
+            chunk = prompts[start : start + CHUNK]
+
+            def advance(done: int, total: int, start: int = start, size: int = len(chunk)) -> None:
+                if progress:
+                    progress(start + size * done // total, len(prompts))
+
+            made, report = build_pairs(model, tokenizer, chunk, scorer, recipe, probe=probe, progress=advance)
             write_lines(part, [asdict(report), *(asdict(pair) for pair in made)])
         head, *rows = read_lines(part)
         reports.append(BuildReport(**head))
@@ -78,7 +86,7 @@ def write_pairs(
         shutil.rmtree(parts)
         raise ExpungeError(f"no prompt of {len(prompts)} gave a pair ({total.dropped}); lower toxic, or take other prompts")
     write_lines(path, pairs)
-    path.with_suffix(".facts.json").write_text(json.dumps({**facts, **asdict(total)}, indent=1) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".facts.json"), json.dumps({**facts, **asdict(total)}, indent=1) + "\n")
     shutil.rmtree(parts)
     return total
 
@@ -123,10 +131,10 @@ def probe_for(model: nn.Module, tokenizer: Any, source: str, limit: int = 2000) 
 
 def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str, Any]:
     """What a set of pairs is like: counts, lengths in tokens, scores, and `warnings` for what would mislead training."""
-    rows, truncation = tokenize_pairs(pairs, tokenizer)
+    _, truncation = tokenize_pairs(pairs, tokenizer)
     texts = {side: [getattr(pair, side) for pair in pairs] for side in ("prompt", "chosen", "rejected")}
     scores = {side: scorer.score(found) for side, found in texts.items()}
-    lengths = {side: np.array([len(getattr(row, side)) for row in rows]) for side in texts}
+    lengths = {side: np.array([len(ids) for ids in encode(tokenizer, found)]) for side, found in texts.items()}
     repeated = {side: len(found) - len(set(found)) for side, found in texts.items()}
     above = float(np.mean(scores["rejected"] > scores["chosen"]))
     longer = float(np.mean(lengths["rejected"] > lengths["chosen"]) + np.mean(lengths["rejected"] == lengths["chosen"]) / 2)

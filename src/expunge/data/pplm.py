@@ -126,22 +126,23 @@ def _continue(model: nn.Module, ids: torch.Tensor, noise: torch.Tensor, probe: P
     if length:
         with torch.no_grad():
             states, plain = _run(model, plain, input_ids=ids[:, :-1])
-        past = states.float().sum(1)
+        past = states.float().sum(1).to(ids.device)
     moved = copy.deepcopy(plain)
-    last, new = ids[:, -1:], []
+    last, new, table = ids[:, -1:], [], None
     for position in range(recipe.max_new_tokens):
         with torch.no_grad():
             state, plain = _run(model, plain, input_ids=last)
             logits = head_logits(model, state[:, -1]).float()
         if length:
-            step = _Step(model, plain, moved, last, past, length, logits, probe, recipe)
+            table = embeddings(model, logits.shape[-1]) if table is None else table
+            step = _Step(model, plain, moved, last, past, length, logits, table, probe, recipe)
             logits, moved = step.fused()
         else:
             moved = copy.deepcopy(plain)  # no token before the first: nothing to move
         top = logits.topk(min(recipe.top_k, logits.shape[-1]), dim=-1)
         kept = torch.full_like(logits, -torch.inf).scatter(1, top.indices, top.values)
         last = keyed_top_p(kept, splitmix64(noise + position), 1.0)[:, None]
-        past, length = past + state[:, -1].float(), length + 1
+        past, length = past + state[:, -1].float().to(past.device), length + 1
         new.append(last)
     return torch.cat(new, dim=1)
 
@@ -157,6 +158,7 @@ class _Step:
     past: torch.Tensor  # [B, d], the sum of the plain states before the last token
     length: int  # how many they are
     logits: torch.Tensor  # [B, V], plain
+    table: torch.Tensor  # [V, d]
     probe: Probe
     recipe: PPLM
 
@@ -179,9 +181,9 @@ class _Step:
         log_probs = head_logits(self.model, states[:, -1]).float().log_softmax(-1)
         kl = F.kl_div(self.logits.log_softmax(-1), log_probs, reduction="none", log_target=True).sum()
         total, cache = self.past + states[:, -1].float().detach(), _with(self.plain, _tensors(self.plain))
-        probs, table = log_probs.exp(), inner_model(self.model).get_input_embeddings().weight
+        probs = log_probs.exp()
         for _ in range(self.recipe.horizon):
-            soft = (probs.to(table.dtype) @ table)[:, None]  # type: ignore[operator]
+            soft = (probs.to(self.table.dtype) @ self.table)[:, None]
             states, cache = _run(self.model, cache, inputs_embeds=soft)
             total = total + states[:, -1].float()
             probs = head_logits(self.model, states[:, -1]).float().softmax(-1)
@@ -195,6 +197,13 @@ class _Step:
             scale = self.recipe.step_size / norm**self.recipe.gamma
             moved += [(move - (scale * g).to(move.dtype)).detach() for move, g in zip(moves[i : i + 2], pair, strict=True)]
         return moved
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, size: int) -> torch.Tensor:
+    """What stands for each of `size` tokens as `inputs_embeds`, `[V, d]`: Gemma scales them in the module, not after it."""
+    embed: Any = inner_model(model).get_input_embeddings()
+    return embed(torch.arange(size, device=embed.weight.device))
 
 
 def _run(model: nn.Module, cache: Cache, **inputs: torch.Tensor) -> tuple[torch.Tensor, Cache]:

@@ -29,7 +29,10 @@ log = logging.getLogger("expunge")
 MARK = "Written by expunge, and again with each report; without this line it is left alone."
 ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 KEPT = ("environment.expunge", "environment.source", "environment.packages.", "scorers.", "seeds.")
-SETTINGS = ("revision", "method", "training", "lora", "data.train", "data.limit", "seed")
+SETTINGS = (
+    "revision", "dtype", "quantization", "method", "training", "lora", "data.train", "data.forget", "data.retain",
+    "data.limit", "seed",
+)  # fmt: skip
 
 
 def write_card(folder: Path, run: RunFiles) -> None:
@@ -67,6 +70,7 @@ def render_card(run: RunFiles, library: str) -> str:
             name=name,
             model="expunge's built-in model" if model == "builtin" else public(model),
             builtin=model == "builtin",
+            unpaired=bool((run.settings.get("data") or {}).get("forget")),
             library=library,
             local_base=local,
             remote_code=run.settings.get("trust_remote_code") is True,

@@ -76,8 +76,7 @@ def flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
 def _missing(folder: Path, name: str) -> str:
     if name == "config.yaml":
         return f"{folder} holds no run ({name} is missing): give a folder that `expunge run --out` wrote"
-    again = f"`expunge run --config {folder / 'config.yaml'} --out {folder}` finishes it"
-    return f"{folder}: the run is not finished ({name} is missing): {again}"
+    return f"{folder}: the run is not finished ({name} is missing): the command that began it finishes it"
 
 
 def _rows(path: Path) -> list[Row]:
