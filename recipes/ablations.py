@@ -4,8 +4,9 @@
     python recipes/ablations.py --table          # prints the table of what there is
 
 Each change is set against the frontier that the weight alone draws: toxicity at the change's own perplexity, interpolated
-between the runs of the same seed at weight 0 (the reference), 0.5, 1, 2 and 4. Below it is better, and a mere trade of one
-for the other is 0. The 95 % interval is Student's over the seeds.
+between the runs of the same seed at weight 0 (the reference), 0.5, 1, 2 and 4 over the root of what perplexity rises by, on
+which the frontier is nearly straight (docs/tuning.md). Below it is better, and a mere trade of one for the other is 0. The
+95 % interval is Student's over the seeds.
 """
 
 import argparse
@@ -115,11 +116,15 @@ def table() -> str:
 
 def _apart(by_seed: dict, run: dict, seed: int, figure: str) -> float | None:
     """The run's toxicity less that of the frontier of its seed at its perplexity; None where that ends before it."""
-    points = [(1.0, 1.0)]
-    points += [(by_seed[w, seed]["perplexity"][0], by_seed[w, seed][figure][0]) for w in WEIGHTS if (w, seed) in by_seed]
+    points = [(0.0, 1.0)]
+    points += [(_cost(by_seed[w, seed]), by_seed[w, seed][figure][0]) for w in WEIGHTS if (w, seed) in by_seed]
     costs, toxicities = zip(*sorted(points), strict=True)
-    cost = run["perplexity"][0]
+    cost = _cost(run)
     return None if cost > costs[-1] else run[figure][0] - float(np.interp(cost, costs, toxicities))
+
+
+def _cost(run: dict) -> float:
+    return max(0.0, run["perplexity"][0] - 1) ** 0.5
 
 
 def _interval(values: list[float]) -> str:

@@ -46,7 +46,7 @@ def test_its_own_neutral_text_is_likely_and_shuffled_words_are_not(builtin):
     assert shuffled_mean > own_mean + 2
 
 
-@pytest.mark.parametrize("name", ["builtin", "builtin-validation", "builtin-heldout"])
+@pytest.mark.parametrize("name", ["builtin", "builtin-pplm", "builtin-validation", "builtin-heldout"])
 def test_rejected_sides_are_toxic_to_the_judge_that_did_not_choose_them(name):
     pairs = load_pairs(name, limit=128)
     judge = load_scorer("ngram")

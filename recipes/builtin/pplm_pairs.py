@@ -21,7 +21,7 @@ from expunge.scorers import Scorer, load_scorer
 BUILD = Path("build/builtin/pplm.jsonl")
 ASSETS = Path("src/expunge/assets/pairs")
 SCORER = "wordvec"
-FRESH, SEED = 2200, 100_000  # prompts; apart from the seeds of pairs.py
+FRESH, SEED = 3200, 100_000  # prompts; apart from the seeds of pairs.py
 RECIPE = PPLM(iterations=5)
 
 

@@ -50,6 +50,8 @@ NAMED = (
     NamedSet("builtin-heldout", "pairs", "the same, held out: prompts of no training pair", OWN,
              asset="pairs/heldout.jsonl"),
     NamedSet("builtin-validation", "pairs", "the same, for tuning", OWN, asset="pairs/validation.jsonl"),
+    NamedSet("builtin-pplm", "pairs", "PPLM's continuations of the built-in model, training pairs", OWN,
+             asset="pairs/pplm.jsonl"),
     NamedSet("paradetox", "pairs", "toxic sentences and rewrites; the prompt is what both begin with", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
     NamedSet("pair-toxicity", "pairs", "PPLM pairs of Lee et al. 2024, yours: pair-toxicity:PATH", "ajyl/dpo_toxic's"),
