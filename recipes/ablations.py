@@ -41,6 +41,7 @@ VARIANTS = {
     "erased on all tokens": ["method.erase_on=all"],
     "reverse KL": ["method.kl=reverse"],
     "PPLM pairs": ["data.train=builtin-pplm"],
+    "PPLM pairs, weight 0.25": ["data.train=builtin-pplm", "method.weight=0.25"],
     "ParaDetox pairs": ["data.train=paradetox"],
 }
 BASE = {
