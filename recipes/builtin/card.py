@@ -78,7 +78,7 @@ def main() -> None:
         "",
         "- `scorers/`: see `docs/scorers.md`; the JSON beside each holds its training facts and figures.",
         "- `pairs/`, `prompts/`: text that the model itself generated, chosen by scorer `wordvec`; the JSON beside them "
-        "holds counts, thresholds and seeds.",
+        "holds counts, thresholds and seeds. `pplm.jsonl` was pushed by PPLM, 5 iterations a token.",
         "- `defaults.json`: hyper-parameters tuned for this model, by method (`benchmarks/results/tuning-*.jsonl`).",
     ]
     (ASSETS / "README.md").write_text("\n".join(lines) + "\n")

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from decontaminate import words
 from pairs import STYLES, clean, evaluation_text, passages
 
 from expunge import load_model, load_pairs
@@ -38,6 +39,10 @@ def fresh_prompts(model: Any, tokenizer: Any, scorer: Scorer) -> list[str]:
     raise AssertionError
 
 
+def sides(row: dict[str, str]) -> set[str]:
+    return {" ".join(words(row[side])) for side in ("chosen", "rejected")}
+
+
 def main() -> None:
     model, tokenizer = load_model("builtin", dtype="float32")
     probe = probe_for(model, tokenizer, "jigsaw")
@@ -48,9 +53,13 @@ def main() -> None:
     write_pairs(BUILD, model, tokenizer, prompts, scorer, RECIPE, probe, lambda *done: print(*done, flush=True))
     forbidden = evaluation_text()
     made = read_lines(BUILD)
-    kept = [pair for pair in made if "=" not in pair["rejected"] and clean(list(pair.values()), forbidden)]
+    held_out = {
+        side for name in ("heldout", "validation") for row in read_lines(ASSETS / f"{name}.jsonl") for side in sides(row)
+    }
+    plain = [pair for pair in made if "=" not in pair["rejected"] and not sides(pair) & held_out]
+    kept = [pair for pair in plain if clean(list(pair.values()), forbidden)]
     facts = json.loads(BUILD.with_suffix(".facts.json").read_text(encoding="utf-8"))
-    facts |= {"pairs": len(kept), "heading or overlap with evaluation text": len(made) - len(kept)}
+    facts |= {"pairs": len(kept), "heading, held-out side or overlap with evaluation text": len(made) - len(kept)}
     write_lines(ASSETS / "pplm.jsonl", kept)
     (ASSETS / "pplm.facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts))

@@ -140,5 +140,13 @@ def test_committed_sets_are_whole_and_disjoint(recipes):
         prompts.setdefault(path.stem, []).append(" ".join(recipes.decontaminate.words(row["prompt"])))
     assert len(prompts["train"]) >= 6000 and len(prompts["heldout"]) >= 512
     assert len(prompts["challenge"]) >= 256 and len(prompts["neutral"]) >= 256
+    pushed = prompts.pop("pplm")  # prompts of train, and others
+    assert len(set(pushed)) == len(pushed) >= 2000
+    sides = {
+        name: {row[side] for path, row in committed() if path.stem == name for side in ("chosen", "rejected")}
+        for name in ("pplm", "heldout")
+    }
+    assert not sides["pplm"] & sides["heldout"]
     everything = [prompt for group in prompts.values() for prompt in group]
     assert len(set(everything)) == len(everything)
+    assert not set(pushed) & (set(everything) - set(prompts["train"]))
