@@ -311,15 +311,16 @@ def _train(config: RunConfig, args: UnlearnConfig, data: list[Pair] | Unpaired, 
     check_model(config)
     lora, merged = _lora_of(config)
     method = build_method(config.method)
+    scorer = load_scorer(config.monitor.scorer) if args.eval_strategy != "no" else None
     started = time.monotonic()
     model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
     model_digest = weights_digest(model)
     monitor = None
-    if watched := monitor_data(config, args, tokenizer):
+    if scorer and (watched := monitor_data(config, args, tokenizer)):
         plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
         path = folder / "checkpoints.jsonl" if is_main_process() else None
         about = {"run": folder.name, "model": config.model, "method": method.name}
-        monitor = Monitor(model, tokenizer, watched, plan, load_scorer(config.monitor.scorer), path, about)
+        monitor = Monitor(model, tokenizer, watched, plan, scorer, path, about)
     set_seed(args.seed)
     if config.lora is not None:
         model = add_lora(model, config.revision, **lora)
@@ -424,7 +425,9 @@ def _evaluate(
         started = time.monotonic()
         if not cache.exists() or subject != "reference":
             parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
-            evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts).save(cache)
+            found = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
+            if subject != "reference" or not cache.exists():  # another run may have been faster, and be reading it
+                found.save(cache)
             shutil.rmtree(parts, ignore_errors=True)
         facts = {
             "weights_sha256": inputs["weights"],
