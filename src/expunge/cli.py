@@ -234,14 +234,12 @@ def evaluate(
     _hush()
     if not pipeline.is_main_process():
         return
-    started_from = pipeline.reference_of(Path(model))
-    origin: dict[str, Any] = pipeline.origin_of(Path(model)) if started_from else {}
-    method = origin.pop("method", {})
-    name = str(Path(model) / "model") if started_from else model
-    settings = _settings(overrides, config, name, None, None, budget, origin | loading)
-    settings.method = method
-    revision = settings.revision if started_from and not reference else None  # another reference has its own
-    reference = reference or started_from
+    origin = pipeline.origin_of(Path(model))
+    name = str(Path(model) / "model") if origin else model
+    settings = _settings(overrides, config, name, None, None, budget, origin.get("loading", {}) | loading)
+    settings.method = origin.get("method", {})
+    revision = settings.revision if origin and not reference else None  # another reference has its own
+    reference = reference or origin.get("model")
     if prompts:
         settings.data.prompts = prompts
     data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])

@@ -256,22 +256,19 @@ def claim(folder: Path, config: RunConfig, **more: Any) -> contextlib.AbstractCo
     return claimed(folder, settings, MEASURED) if is_main_process() else contextlib.nullcontext()
 
 
-def reference_of(folder: Path) -> str | None:
-    """The model that the run in `folder` started from; None where it holds no run."""
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the run in `folder` started from: `model`, `method`, and `loading`, how the model was loaded, but for code of its
+    own, as the run may be another's. Empty where it holds no run."""
     path = folder / "config.yaml"
     if not path.is_file() or not (folder / "model").is_dir():
-        return None
+        return {}
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        run = yaml.safe_load(path.read_text(encoding="utf-8"))
+        how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
+        loading = {name: value for name, value in how.items() if value}
+        return {"model": run["model"], "method": run.get("method") or {}, "loading": loading}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError):
         raise ExpungeError(f"{path}: not the configuration of a run: name its model's folder, and --reference") from None
-
-
-def origin_of(folder: Path) -> dict[str, Any]:
-    """The method of the run in `folder`, and how it loaded its model, but for code of its own: it may be another's run."""
-    run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    how = {name: run.get(name) for name in ("method", "revision", "dtype", "attn_implementation", "quantization")}
-    return {name: value for name, value in how.items() if value}
 
 
 def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
@@ -421,24 +418,25 @@ def _evaluate(
     }
     key = digest(inputs)
     cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
-    if not _done(folder, f"evaluate-{subject}", key) or not cache.exists():
-        started = time.monotonic()
-        if not cache.exists() or subject != "reference":
-            parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
-            found = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
-            if subject != "reference" or not cache.exists():  # another run may have been faster, and be reading it
-                found.save(cache)
-            shutil.rmtree(parts, ignore_errors=True)
+    done, started = _done(folder, f"evaluate-{subject}", key) and cache.exists(), time.monotonic()
+    if not done and (not cache.exists() or subject != "reference"):
+        parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
+        found = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
+        if subject != "reference" or not cache.exists():  # another run may have been faster, and be reading it
+            found.save(cache)
+        shutil.rmtree(parts, ignore_errors=True)
+    evaluation = Evaluation.load(cache)
+    if not done:
         facts = {
             "weights_sha256": inputs["weights"],
             "data_sha256": inputs["data"],
             "scorers": inputs["scorers"],
-            **Evaluation.load(cache).counts(),
+            **evaluation.counts(),
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         _finish(folder, f"evaluate-{subject}", key, facts)
-    return Evaluation.load(cache)
+    return evaluation
 
 
 def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
