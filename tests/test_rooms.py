@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "folding": LEAVES | {"anatomy", "steering"},
     "methods": LEAVES | {"anatomy", "losses", "probes", "models", "steering"},
     "metrics": LEAVES | {"scorers", "generation", "models", "data"},
-    "attacks": LEAVES | {"engine", "models", "losses", "probes", "metrics", "data", "training"},
+    "attacks": LEAVES
+    | {"adapters", "anatomy", "engine", "generation", "losses", "metrics", "models", "probes", "provenance", "steering"}
+    | {"data", "training"},
     "analyses": LEAVES | {"engine", "probes", "models", "data"},
     "callbacks": set(),
     "hub": {"errors"},

@@ -474,12 +474,19 @@ def original(model: nn.Module) -> Iterator[None]:
 
 def _frozen(module: nn.Module, changing: Collection[str] | None = None) -> nn.Module:
     """A copy in evaluation mode and without gradients. changing: the only weights that are copied; others are shared."""
-    shared = {} if changing is None else {id(p): p for name, p in module.named_parameters() if name not in changing}
-    made = copy.deepcopy(module, dict(shared)).eval()
+    made = sharing_copy(module, changing).eval()
+    shared = {id(parameter) for parameter in module.parameters()}
     for parameter in made.parameters():
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
     return made
+
+
+def sharing_copy(model: nn.Module, changing: Collection[str] | None) -> nn.Module:
+    """A model of its own, hooks and buffers too, whose weights are the very tensors of `model` but for those named in
+    `changing`, which are copied; None: all are copied."""
+    shared = {} if changing is None else {id(p): p for name, p in model.named_parameters() if name not in changing}
+    return copy.deepcopy(model, dict(shared))
 
 
 @contextlib.contextmanager

@@ -178,6 +178,13 @@ def detach(model: PreTrainedModel) -> Steering | None:
     return steering
 
 
+def steer_further(model: PreTrainedModel, edits: Sequence[Edit], about: Mapping[str, Any] | None = None) -> None:
+    """Attach more edits, after those that are attached already; errors as of `Steering.attach`."""
+    before = detach(model)
+    known = (before.edits, before.about) if before else ([], {})
+    Steering([*known[0], *edits], {**known[1], **(about or {})}).attach(model)
+
+
 def is_steered(config: Any) -> bool:
     """Does the configuration say that something lies beside the weights?"""
     return getattr(config, NAME, False) is True

@@ -57,14 +57,17 @@ class EvaluationPlan:
     perplexity_modes: tuple[Literal["exact", "lee2024"], ...] = ("exact", "lee2024")
     f1_modes: tuple[F1Mode, ...] = ("continuation", "lee2024")
     top_p: float = 0.9
+    temperature: float = 1.0
     seed: int = 0
+    prefix: tuple[int, ...] = ()  # token ids of an attack, before each prompt, after bos
+    suffix: tuple[int, ...] = ()  # and after it, before what is forced
 
     def __post_init__(self) -> None:
         if self.truncate not in ("last", "lee2024"):
             raise ExpungeError(f"truncate {self.truncate!r}: last (keep the last tokens) or lee2024 (keep the first)")
 
     def decodings(self) -> dict[str, Decoding]:
-        sampled = Decoding(self.max_new_tokens, self.samples, self.top_p, seed=self.seed)
+        sampled = Decoding(self.max_new_tokens, self.samples, self.top_p, self.temperature, self.seed)
         found = {"greedy": Decoding(self.max_new_tokens)} if self.greedy else {}
         return {**found, **({"sampled": sampled} if self.samples else {})}
 
@@ -141,6 +144,7 @@ def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, conte
                     f"held-out pair {index}: prompt and {side} side have {start + prompt + length} tokens, more than the "
                     f"context of {context}; shorten the pair"
                 )
+    start += len(plan.prefix) + len(plan.suffix)
     if lengths and max(1, start + max(lengths)) + plan.max_new_tokens > context:
         raise ExpungeError(
             f"a prompt of {start + max(lengths)} tokens and {plan.max_new_tokens} new ones exceed the model's context of "
@@ -218,8 +222,9 @@ class _Evaluator:
 
     def prompts(self, data: EvaluationData) -> list[Prompts]:
         """Challenge prompts as they are; held-out prompts with the first k tokens of a side that has more than k."""
+        suffix = list(self.plan.suffix)
         asked = [
-            Prompts(name, prompts, list(range(len(prompts))), self.cut(name, prompts))
+            Prompts(name, prompts, list(range(len(prompts))), [ids + suffix for ids in self.cut(name, prompts)])
             for name, prompts in data.challenge.items()
         ]
         if not data.pairs:
@@ -229,7 +234,7 @@ class _Evaluator:
             for sides in [(side,) for side in self.plan.sides] if k else [self.plan.sides]:
                 texts = [self.encode(getattr(pair, sides[0])) for pair in data.pairs]
                 kept = [i for i, text in enumerate(texts) if len(text) > k or k == 0]
-                ids = [starts[i] + texts[i][:k] for i in kept]
+                ids = [starts[i] + suffix + texts[i][:k] for i in kept]
                 prompts = [data.pairs[i].prompt + self.tokenizer.decode(texts[i][:k]) for i in kept]
                 if kept:
                     asked.append(Prompts("heldout", prompts, kept, ids, sides, k))
@@ -238,7 +243,7 @@ class _Evaluator:
     def answer(self, asked: Prompts, decode: str, decoding: Decoding) -> None:
         """Continue every prompt, score what is new, keep figures and samples."""
         label = f"{asked.dataset} {decode}" + (f" k={asked.k}" if asked.k else "")
-        answers = self.generate(label, asked.ids, decoding)
+        answers = self.generate(label, [[*self.plan.prefix, *ids] for ids in asked.ids], decoding)
         texts = [
             [continuation_text(self.tokenizer, prompt, new) for new in group]
             for prompt, group in zip(asked.ids, answers, strict=True)

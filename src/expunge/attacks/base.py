@@ -1,0 +1,272 @@
+"""What every attack is: a dataclass of settings with a `run`, which leaves the victim as it was.
+
+@attack("mine")
+class Mine(Attack):
+    '''One line that `expunge list attacks` prints.'''
+    needs: ClassVar[tuple[str, ...]] = ("forget",)
+    budgets: ClassVar[dict[str, dict[str, list]]] = {"small": {"scale": [0.5, 1.0]}}
+    scale: float = 1.0
+    def run(self, unlearned, reference, data, budget):
+        meter = Meter(budget)
+        return meter.result(changed)
+
+What is attacked stays bit for bit: `run` works on `sharing_copy(unlearned, ...)`, which owns no weight that it does not change.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
+
+from expunge.config import at_least, convert
+from expunge.errors import ExpungeError
+from expunge.registry import Registry, did_you_mean
+
+if TYPE_CHECKING:  # names are listed and completed without waiting for torch
+    import numpy as np
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from expunge.data import Text
+    from expunge.data.tokenize import TokenizedText
+
+Budgets = Literal["small", "paper", "large"]
+PARTS = ("reference", "forget", "retain", "validation", "prompts", "neutral", "score")
+"""What an attack may need, beside the victim."""
+
+
+@dataclass(frozen=True)
+class AttackData:
+    """What an attacker has. Nothing of it is in what the attacked model is measured on."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    forget: "Sequence[Text]" = ()  # what the victim was trained to forget
+    retain: "Sequence[Text]" = ()  # and to retain
+    validation: "Sequence[Text]" = ()  # of the kind to be forgotten, not trained on: to choose by
+    prompts: Sequence[str] = ()  # that provoke: to search and to choose with
+    neutral: str = ""  # running text
+    score: "Callable[[Sequence[str]], np.ndarray] | None" = None  # texts to toxicity in [0, 1]
+    max_prompt_tokens: int = 64  # a prompt keeps its last
+    max_continuation_tokens: int = 64  # a continuation its first
+
+    def rows(self, part: Literal["forget", "retain", "validation"]) -> "list[TokenizedText]":
+        """(prompt ids with bos, continuation ids) of each text of a part, in order; tokenized once."""
+        if part not in self._tokenized:
+            from expunge.data.tokenize import tokenize_texts
+
+            limits = self.max_prompt_tokens, self.max_continuation_tokens
+            self._tokenized[part] = tokenize_texts(getattr(self, part), self.tokenizer, *limits)[0]
+        return self._tokenized[part]
+
+    @cached_property
+    def _tokenized(self) -> "dict[str, list[TokenizedText]]":
+        return {}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where an attack ends, whatever its settings say: it then keeps the best that it has. None is no bound."""
+
+    steps: int | None = None
+    """Steps of its search or training."""
+    queries: int | None = None
+    """Rows that went through the victim."""
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value <= 0:
+                raise ExpungeError(f"budget.{name}={value}: an attack without a budget is none; expected more than 0")
+
+
+class Meter:
+    """What an attack has spent of its budget, and its own loss by step."""
+
+    def __init__(self, budget: Budget):
+        self.budget = budget
+        self.steps = self.queries = 0
+        self.trace: list[dict[str, float]] = []
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def spent(self) -> bool:
+        """Is there nothing left?"""
+        return any(
+            bound is not None and getattr(self, name) >= bound
+            for name, bound in ((f.name, getattr(self.budget, f.name)) for f in fields(Budget))
+        )
+
+    def step(self, **figures: float) -> None:
+        """One step has ended, with figures such as `loss`, and `best`, the least so far."""
+        self.steps += 1
+        self.trace.append({"step": self.steps, "queries": self.queries, **{k: float(v) for k, v in figures.items()}})
+
+    def result(self, model: "nn.Module", **more: Any) -> "AttackResult":
+        """more: `plan`, `about`, `idle` of the result."""
+        from expunge.provenance import peak_memory_bytes
+
+        spent = {"steps": self.steps, "queries": self.queries, "seconds": round(self.seconds, 2)}
+        return AttackResult(model, trace=self.trace, peak_memory_bytes=peak_memory_bytes(), **spent, **more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """An attacked model, which is evaluated and analysed like any other, and what it took.
+
+        evaluate_model(result.model, tokenizer, data, dataclasses.replace(plan, **result.plan), scorers)
+
+    model: an object of its own, or the victim where the attack is in the plan alone; plan: fields of
+    `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types;
+    idle: why the attack left everything as it was, if it did; peak_memory_bytes: of the process, so far.
+    """
+
+    model: "PreTrainedModel"
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    idle: str | None = None
+    trace: Sequence[Mapping[str, float]] = ()
+    steps: int = 0
+    queries: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class Attack:
+    """Settings as annotated fields (defaults: the papers') and `run`. Fields are YAML keys and overrides."""
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "weights"  # weights | activations | prompt | decoding
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {}
+    """Values of fields by budget; every combination of them is a case, and of `seed` each is a draw."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Hold every field to its annotation; an attack that checks ranges calls this first. Raises ExpungeError."""
+        hints = get_type_hints(type(self))
+        for setting in fields(self):  # type: ignore[arg-type]
+            value = convert(hints[setting.name], getattr(self, setting.name), f"attack.{self.name}.{setting.name}")
+            setattr(self, setting.name, value)
+        at_least(f"attack.{self.name}", self, seed=0)
+
+    def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
+        """Attack `unlearned`, a causal language model on its device, which stays as it was.
+
+        reference: the model before unlearning, or None; a black-box attack does not look at it. Raises ExpungeError for
+        what the attack lacks.
+        """
+        raise NotImplementedError
+
+    def check(self, has_reference: bool, data: AttackData) -> None:
+        """Raise ExpungeError, one line, where something that the attack needs is not there."""
+        for part in self.needs:
+            there = has_reference if part == "reference" else getattr(data, part)
+            if part != "reference" and part != "score":
+                there = len(there)
+            if not there:
+                raise ExpungeError(f"attack {self.name}: {LACKING[part]}")
+
+
+LACKING = {
+    "reference": "it needs the model before unlearning: give --reference",
+    "forget": "the forget set is empty: it needs what was unlearned (--pairs, or --forget)",
+    "retain": "the retain set is empty: it needs what was retained (--pairs, or --retain)",
+    "validation": "it chooses by text that was not trained on, and there is none: give redteam.validation",
+    "prompts": "it searches on prompts that are not reported, and there are none: give redteam.search",
+    "neutral": "it needs running text, and there is none: give redteam.neutral",
+    "score": "it needs a scorer of toxicity",
+}
+
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    {
+        "relearn_forget": "expunge.attacks.relearn:RelearnForget",
+        "relearn_retain": "expunge.attacks.relearn:RelearnRetain",
+        "relearn_benign": "expunge.attacks.relearn:RelearnBenign",
+        "orthogonalize": "expunge.attacks.orthogonalize:Orthogonalize",
+        "enhanced_gcg": "expunge.attacks.enhanced_gcg:EnhancedGCG",
+        "gcg": "expunge.attacks.gcg:GCG",
+        "soft_prompt": "expunge.attacks.soft_prompt:SoftPrompt",
+        "quantize": "expunge.attacks.quantize:Quantize",
+        "prune": "expunge.attacks.prune:Prune",
+        "unalign": "expunge.attacks.unalign:Unalign",
+        "prefill": "expunge.attacks.decoding:Prefill",
+        "sampling": "expunge.attacks.decoding:Sampling",
+    },
+)
+
+C = TypeVar("C", bound=type[Any])
+
+
+@dataclass_transform(kw_only_default=True)
+def attack(name: str) -> Callable[[C], C]:
+    """Make a class a dataclass and register it under `name`; every attack has a `seed`."""
+
+    def register(cls: C) -> C:
+        cls.__annotations__ = {**cls.__annotations__, "seed": int}
+        cls.seed = 0
+        return ATTACKS.register(name)(dataclass(kw_only=True)(cls))  # type: ignore[return-value]
+
+    return register
+
+
+def in_range(condition: bool, attack_name: str, key: str, value: object, wanted: str) -> None:
+    """Raise one line where a setting is out of range."""
+    if not condition:
+        raise ExpungeError(f"attack.{attack_name}.{key}={value!r}: expected {wanted}")
+
+
+def cases(name: str, budget: str, settings: Mapping[str, Any] | None = None) -> list[Attack]:
+    """The attack called `name` with every combination of its values under `budget`.
+
+    settings: values, or lists of values, over those. Raises ExpungeError for an unknown name, field or value.
+    """
+    cls: Any = ATTACKS.get(name)
+    grid: dict[str, Any] = {**cls.budgets.get(budget, {}), **(settings or {})}
+    known = {setting.name: setting for setting in fields(cls)}
+    hints = get_type_hints(cls)
+    for key, values in grid.items():
+        if key not in known:
+            raise ExpungeError(f"unknown key {f'attack.{name}.{key}'!r}{did_you_mean(key, known)}")
+        whole = isinstance(values, list) and _fits(hints[key], values)  # a list of layers is one value
+        grid[key] = values if isinstance(values, list) and not whole else [values]
+        if not grid[key]:
+            raise ExpungeError(f"attack.{name}.{key}=[]: expected at least one value")
+    return [cls(**dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    try:
+        return isinstance(convert(hint, value, ""), list)
+    except ExpungeError:
+        return False
+
+
+@contextmanager
+def frozen(*models: Any):
+    """No weight of the models takes gradients, and they are in evaluation mode, inside the block; then as before."""
+    before = [(m.training, {p for p in m.parameters() if p.requires_grad}) for m in models]
+    try:
+        for model in models:
+            model.eval().requires_grad_(False)
+        yield
+    finally:
+        for model, (training, learned) in zip(models, before, strict=True):
+            model.train(training)
+            for parameter in learned:
+                parameter.requires_grad_(True)
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raise ExpungeError for the name of an attack that there is not."""
+    for name in names:
+        if name not in ATTACKS.names():
+            raise ExpungeError(f"unknown attack {name!r}{did_you_mean(name, ATTACKS.names())}")
