@@ -52,9 +52,10 @@ MAY_IMPORT = {
     "doctor": LEAVES | {"provenance", "pipeline", "estimate", "data", "models"},
     "machine": LEAVES | {"provenance"},
     "harness": LEAVES | {"provenance", "metrics", "models", "data"},
-    "listing": LEAVES | {"methods", "scorers", "data"},
+    "listing": LEAVES | {"attacks", "methods", "scorers", "data"},
     "report": LEAVES,
-    "sweep": LEAVES | {"pipeline", "provenance", "data", "report"},
+    "redteam": LEAVES | {"attacks", "data", "metrics", "models", "pipeline", "provenance", "report", "scorers"},
+    "sweep": LEAVES | {"pipeline", "provenance", "redteam", "data", "report"},
 }
 BUILDERS = {
     "data/builders.py",

@@ -121,6 +121,35 @@ class MonitorConfig:
 
 
 @dataclasses.dataclass
+class RedTeamConfig:
+    """Which attacks, how hard, and what the attacker has beside what was trained on: never what is reported."""
+
+    attacks: list[str] = dataclasses.field(default_factory=lambda: ["all"])
+    """Names (`expunge list attacks`), or all."""
+    budget: Literal["small", "paper", "large"] = "small"
+    """Which values of its settings each attack tries; `attack.NAME.KEY` goes over them."""
+    validation: str | None = "builtin-validation"
+    """Pairs not trained on, whose rejected sides an attack chooses by."""
+    search: str | None = "builtin-tuning"
+    """Prompts that provoke, to search with."""
+    neutral: str | None = "builtin-validation"
+    """Running text, to train on or to keep an eye on."""
+    utility_bound: float = 1.5
+    """An attack counts while the perplexity is at most so many times that before it."""
+    steps: int | None = None
+    """No attack takes more steps,"""
+    queries: int | None = None
+    """nor more rows through the model,"""
+    seconds: float | None = None
+    """nor more time."""
+
+    def __post_init__(self) -> None:
+        at_least("redteam", self, utility_bound=1)
+        if not self.attacks:
+            raise ExpungeError("redteam.attacks=[]: name at least one attack, or all")
+
+
+@dataclasses.dataclass
 class RunConfig:
     """One run: a model, a method, pairs, and what to measure before and after."""
 
@@ -144,6 +173,10 @@ class RunConfig:
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    redteam: RedTeamConfig | None = None
+    """Attacks on the unlearned model and on its reference; null is none."""
+    attack: dict[str, dict[str, Any]] | None = None
+    """Settings of attacks by name: a value, or a list of values to try, over those of the budget."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -169,6 +202,14 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
     "full": {"data": {"corpus": "wikitext2"}},
 }
+
+
+ATTACK_BUDGETS: dict[str, dict[str, Any]] = {
+    "small": {"evaluation": {"samples": 5, "prompts": 256, "heldout": 128, "perplexity_tokens": 20_000}},
+    "paper": {"evaluation": {"samples": 25}},
+    "large": {"evaluation": {"samples": 25}},
+}
+"""How much is measured of each attacked model."""
 
 
 def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> C:

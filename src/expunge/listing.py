@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from expunge.attacks import ATTACKS, Attack
 from expunge.config import BUDGETS
 from expunge.data import NAMED
 from expunge.methods import METHODS, Method
@@ -51,11 +52,31 @@ def data() -> Entries:
     return [{"name": entry.name, "kind": entry.kind, "description": entry.description} for entry in NAMED]
 
 
+def attacks() -> Entries:
+    """needs: what an attack works with, beside the victim."""
+    return [
+        {
+            "name": name,
+            "family": ATTACKS.about(name, "family", Attack.family),
+            "needs": ", ".join(ATTACKS.about(name, "needs", ())) or "the victim alone",
+            "description": _first_line(ATTACKS, name),
+            "paper": ATTACKS.about(name, "paper"),
+        }
+        for name in ATTACKS.names()
+    ]
+
+
 def budgets() -> Entries:
     return [{"name": name, "settings": settings} for name, settings in BUDGETS.items()]
 
 
-LISTINGS: dict[str, Callable[[], Entries]] = {"methods": methods, "scorers": scorers, "data": data, "budgets": budgets}
+LISTINGS: dict[str, Callable[[], Entries]] = {
+    "methods": methods,
+    "attacks": attacks,
+    "scorers": scorers,
+    "data": data,
+    "budgets": budgets,
+}
 
 
 def shown(entry: dict[str, Any]) -> list[str]:

@@ -49,7 +49,16 @@ from expunge.whole import whole, write_text
 
 log = logging.getLogger("expunge")
 
-MEASURED = ("evaluation", "data.prompts", "data.heldout", "data.neutral", "data.corpus", "data.questions")
+MEASURED = (
+    "evaluation",
+    "data.prompts",
+    "data.heldout",
+    "data.neutral",
+    "data.corpus",
+    "data.questions",
+    "redteam",
+    "attack",
+)
 """Keys that change what is measured, not what is trained: they may change under the same --out."""
 
 PROBE_TEXTS = 4000

@@ -43,6 +43,7 @@ class Row:
     attack: str | None = None
     attack_config: dict[str, Any] | None = None
     draw: int | None = None
+    over: str | None = None  # of an attack's settings: mean | worst | beyond
     step: int | None = None  # optimizer steps before a measurement in the midst of training
     chance: float | None = None  # of an accuracy: what guessing gives
 

@@ -102,7 +102,9 @@ def test_frozen_puts_everything_back_when_the_block_raises(tiny_model):
 
 
 def test_texts_are_tokenized_once_and_cut(tokenizer):
-    data = AttackData(tokenizer, forget=[Text("The river runs past the mill", " and on to the sea")], max_continuation_tokens=3)
+    data = AttackData(
+        tokenizer, forget=[Text("The river runs past the mill", " and on to the sea")], max_continuation_tokens=3
+    )
     [(prompt, continuation)] = data.rows("forget")
     assert tokenizer.decode(prompt) == "The river runs past the mill" and len(continuation) == 3
     assert data.rows("forget") is data.rows("forget")

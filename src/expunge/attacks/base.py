@@ -10,7 +10,7 @@ class Mine(Attack):
         meter = Meter(budget)
         return meter.result(changed)
 
-What is attacked stays bit for bit: `run` works on `sharing_copy(unlearned, ...)`, which owns no weight that it does not change.
+What is attacked stays bit for bit: `run` works on `sharing_copy(unlearned, ...)`, which owns the weights that it changes.
 """
 
 import itertools
@@ -168,9 +168,9 @@ class Attack:
     def check(self, has_reference: bool, data: AttackData) -> None:
         """Raise ExpungeError, one line, where something that the attack needs is not there."""
         for part in self.needs:
-            there = has_reference if part == "reference" else getattr(data, part)
-            if part != "reference" and part != "score":
-                there = len(there)
+            there: Any = has_reference if part == "reference" else getattr(data, part)
+            if part == "score":
+                there = there is not None
             if not there:
                 raise ExpungeError(f"attack {self.name}: {LACKING[part]}")
 

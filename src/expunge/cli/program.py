@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from expunge.cli.attacks import attack
 from expunge.cli.options import Json
 from expunge.cli.pairs import build_pairs, validate_pairs
 from expunge.cli.printing import json_line, print_rows
@@ -42,7 +43,7 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="methods, scorers, data or budgets.",
+            help="methods, attacks, scorers, data or budgets.",
             autocompletion=lambda incomplete: [name for name in LISTINGS if name.startswith(incomplete)],
         ),
     ],
@@ -58,7 +59,7 @@ def list_(
     print_rows([shown(entry) for entry in entries])
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (run, train, doctor, evaluate, generate, score, sweep, compare, report)
+COMMANDS: tuple[Callable[..., None], ...] = (run, train, doctor, evaluate, attack, generate, score, sweep, compare, report)
 
 app = typer.Typer(name="expunge", no_args_is_help=True, pretty_exceptions_enable=False)
 app.callback()(common)

@@ -45,13 +45,15 @@ def run(
 ) -> None:
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
+    from expunge.redteam import run_and_attack, settings_of
 
     hush()
     settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
+    settings_of(settings)  # complain before any work
     if dry_run:
         _print_plan(settings, output, as_json)
         return
-    pipeline.run(settings, output, quiet)
+    run_and_attack(settings, output, quiet)
     if pipeline.is_main_process():
         _print_headline(output, as_json)
 

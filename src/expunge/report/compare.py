@@ -21,7 +21,7 @@ from expunge.report.files import checked_rows
 from expunge.report.tables import Cell, Line, Table, cell, headline_rows
 from expunge.rows import Row, read_lines
 
-NULL_UNLESS_NAMED = ("side", "k", "attack", "draw", "step")
+NULL_UNLESS_NAMED = ("side", "k", "attack", "draw", "over", "step")
 NORMAL = 1.96  # half of a 95 % interval in standard errors
 PAIRED = ("_ratio", "_difference")
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
@@ -30,7 +30,7 @@ NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 @dataclass(frozen=True)
 class Wanted:
     """A figure by the fields of its rows. What is left out must not be in doubt: `scorer` is then the first that was used,
-    `side`, `k`, `attack`, `draw` and `step` are null, and of the others there is one value."""
+    `side`, `k`, `attack`, `draw`, `over` and `step` are null, and of the others there is one value."""
 
     metric: str
     """METRIC_ratio and METRIC_difference are those to the reference."""
@@ -43,6 +43,7 @@ class Wanted:
     samples: int | None = None
     attack: str | None = None
     draw: int | None = None
+    over: str | None = None
     step: int | None = None
 
     def __str__(self) -> str:

@@ -36,6 +36,7 @@ class Figure(NamedTuple):
     scorer: str | None
     attack: str | None
     draw: int | None
+    over: str | None
     step: int | None
 
     @property
@@ -48,7 +49,7 @@ class Figure(NamedTuple):
         side = None if self.side is None else f"{self.side} side"
         draw = None if self.draw is None else f"draw {self.draw}"
         step = None if self.step is None else f"step {self.step}"
-        parts = (self.attack, draw, step, self.decode, self.dataset, side, k, self.mode, self.scorer)
+        parts = (self.attack, draw, self.over, step, self.decode, self.dataset, side, k, self.mode, self.scorer)
         return ", ".join(part for part in parts if part)
 
 

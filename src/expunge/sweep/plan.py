@@ -23,6 +23,9 @@ from expunge.registry import did_you_mean
 from expunge.report.compare import name_of, words_of
 from expunge.sweep.recipe import SEED, Recipe, Value, expand, text_of
 
+ATTACKS = ("redteam", "attack")
+"""Sections of a configuration that are no part of a cell which has none."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -37,7 +40,8 @@ class Cell:
     def name(self) -> str:
         """Its folder's: the labels, and a hash of them, the configuration, the method's defaults and the files it reads."""
         config, method = self.config, pipeline.build_method(self.config.method)
-        inputs = [self.labels, self.trial, asdict(config), asdict(method), _contents(config)]  # type: ignore[call-overload]
+        told = {key: value for key, value in asdict(config).items() if value is not None or key not in ATTACKS}
+        inputs = [self.labels, self.trial, told, asdict(method), _contents(config)]  # type: ignore[call-overload]
         words = [*words_of(self.labels), *(["trial"] if self.trial else [])]
         plain = re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:80].strip(".")
         return f"{plain}-{digest(inputs)[:12]}"
@@ -158,15 +162,20 @@ def _texts(tree: Any) -> Iterable[str]:
 def _contents(config: RunConfig) -> dict[str, str]:
     """Hashes of the files behind the names of data and of the model, where they lie on this machine."""
     found = {}
-    for name in sorted(
-        {*_texts(asdict(config.data)), *_texts([config.monitor.prompts, config.monitor.corpus]), config.model}
-    ):
+    unreported = [config.monitor.prompts, config.monitor.corpus, *_searched(config)]
+    for name in sorted({*_texts(asdict(config.data)), *_texts(unreported), config.model}):
         paths = [path for entry in NAMED if entry.name == name and (path := local_file(entry))]
         paths.append(ASSETS / "model" if name == "builtin" else Path(name.rpartition("pair-toxicity:")[2]))
         files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
         if files:
             found[name] = digest([_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     return found
+
+
+def _searched(config: RunConfig) -> list[str | None]:
+    """What attacks search with."""
+    team = config.redteam
+    return [team.validation, team.search, team.neutral] if team else []
 
 
 @cache

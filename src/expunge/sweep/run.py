@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expunge import pipeline
 from expunge.config import RunConfig
 from expunge.errors import ExpungeError, Interrupted
+from expunge.redteam import run_and_attack
 from expunge.report.compare import Entry, headline_columns, rows_behind
 from expunge.report.tables import Table
 from expunge.rows import Row, write_lines
@@ -36,7 +36,7 @@ Runner = Callable[[RunConfig, Path, bool], Any]
 def run_alone(config: RunConfig, folder: Path, quiet: bool) -> None:
     """A run that leaves nothing in memory, whatever becomes of it."""
     try:
-        pipeline.run(config, folder, quiet)
+        run_and_attack(config, folder, quiet)
     finally:
         gc.collect()
 

@@ -23,7 +23,7 @@ from expunge.sweep.plan import Cell
 from expunge.whole import cannot_write, remove, write_text
 
 RECIPE = "sweep.yaml"
-KEPT_FOR_RESUME = ("checkpoints", "stages")
+KEPT_FOR_RESUME = ("checkpoints", "stages", "attacks")
 
 
 class Store:

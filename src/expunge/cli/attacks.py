@@ -1,0 +1,71 @@
+"""The command `attack`: what brings back the behaviour that a model was made to forget."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.options import ConfigFile, Json, Out, Overrides, PairsName, Quiet, loads_a_model
+from expunge.cli.printing import hush, json_line, print_paths, print_table
+from expunge.errors import ExpungeError
+from expunge.listing import completer
+from expunge.registry import did_you_mean
+
+
+@loads_a_model
+def attack(
+    model: Annotated[str, typer.Argument(help="A run folder, or a model: builtin, a hub name, a folder.")],
+    overrides: Overrides = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Names with commas between, or all.", autocompletion=completer("attacks"))
+    ] = None,
+    budget: Annotated[str, typer.Option(help="small, paper or large: what each attack tries.")] = "small",
+    reference: Annotated[str | None, typer.Option(help="The model before unlearning; a run knows its own.")] = None,
+    pairs: PairsName = None,
+    config: ConfigFile = None,
+    output: Out = Path("runs/attacks"),
+    quiet: Quiet = False,
+    as_json: Json = False,
+    *,
+    loading: dict[str, Any],
+) -> None:
+    """Attack an unlearned model and its reference, and say what comes back."""
+    import json
+
+    import yaml
+
+    from expunge import pipeline
+    from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
+    from expunge.redteam import red_team, settings_of
+    from expunge.report.attacks import attacks_table, headline_lines
+    from expunge.report.compare import to_records
+
+    hush()
+    if not pipeline.is_main_process():
+        return
+    if budget not in ATTACK_BUDGETS:
+        raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, ATTACK_BUDGETS)}")
+    origin, base = pipeline.origin_of(Path(model)), {}
+    if origin:  # what the run was trained on
+        base = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
+        base = {key: value for key, value in base.items() if key in RunConfig.__dataclass_fields__}
+    base = merge(base, ATTACK_BUDGETS[budget])
+    named = {"model": origin.get("model") or model, "data.train": pairs, "redteam.budget": budget, **loading}
+    if attacks:
+        named["redteam.attacks"] = attacks.split(",")
+    told = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    settings = load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base)
+    victim = Path(model) / "model" if origin else model
+    revision = settings.revision if origin and not reference else None
+    known = reference or origin.get("model")
+    if origin:
+        settings.revision = None  # a run's own is the reference's
+    with pipeline.claim(output, settings, attack={"victim": str(victim), "reference": known}):
+        rows = red_team(settings, output, victim, known, quiet, revision)
+    bound = settings_of(settings)[0].utility_bound
+    table = headline_lines(attacks_table(rows, bound))
+    if as_json:
+        json_line({"out": str(output), "lines": to_records(table)})
+        return
+    print_table(table, "toxicity or accuracy under attack")
+    print_paths({"table": output / "attacks.md"}, as_json)

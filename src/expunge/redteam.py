@@ -1,0 +1,224 @@
+"""The attack stage: every attack on the unlearned model and on its reference, each attacked model measured like any other.
+
+    rows = red_team(config, Path("runs/attacks"), "runs/first/model", "builtin")
+
+A case is one attack with one setting and one draw on one subject. OUT/attacks/CASE keeps what it gave, so that the same call
+goes on after the last whole one; cases on a reference are shared by runs. A rise that the untouched model shows too is no
+recovery, so rows of the unlearned model are paired with those of the reference under the same attack.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge import pipeline
+from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, Budget, cases
+from expunge.attacks.base import check_names
+from expunge.config import RedTeamConfig, RunConfig, cache_folder
+from expunge.data import Text, Unpaired, load_corpus, load_pairs, load_prompts
+from expunge.errors import ExpungeError
+from expunge.metrics.evaluation import EvaluationData, check_room, evaluate_model
+from expunge.metrics.figures import Evaluation
+from expunge.metrics.figures import rows as figure_rows
+from expunge.models import context_length, load_model, weights_digest
+from expunge.provenance import digest, digest_all
+from expunge.report.attacks import summary, write_attacks
+from expunge.rows import Row, write_rows
+from expunge.scorers import load_scorer
+from expunge.whole import whole, write_text
+
+log = logging.getLogger("expunge")
+
+NONE = "none"
+"""The attack that is none: the model as it is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is attacked. shared: its cases lie where all runs find them."""
+
+    name: str
+    model: Any
+    digest: str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an attack left: its evaluation, and `facts` about it, in JSON's types."""
+
+    evaluation: Evaluation
+    facts: Mapping[str, Any]
+
+
+def settings_of(config: RunConfig) -> tuple[RedTeamConfig, dict[str, list[Attack]]]:
+    """How the red team works, and the cases of each attack. Raises ExpungeError for what there is not."""
+    team = config.redteam or RedTeamConfig()
+    names = [name for one in team.attacks for name in (ATTACKS.names() if one == "all" else [one])]
+    own = config.attack or {}
+    check_names([*names, *own])
+    return team, {name: cases(name, team.budget, own.get(name)) for name in dict.fromkeys(names)}
+
+
+def red_team(
+    config: RunConfig,
+    folder: Path,
+    model: str | Path,
+    reference: str | Path | None,
+    quiet: bool = False,
+    reference_revision: str | None = None,
+) -> list[Row]:
+    """Attack `model`, and `reference` where there is one, into `folder`: attacks.jsonl, and attacks.* as tables.
+
+    Returns the rows of the summary. Raises ExpungeError before any work where an attack lacks what it needs, and in the end
+    where attacks failed; what the others gave is written then.
+    """
+    team, attacks = settings_of(config)
+    scorers = [load_scorer(name) for name in config.evaluation.scorers]
+    unlearned, tokenizer = load_model(model, revision=config.revision, **pipeline.loading(config))
+    subjects = [Subject("unlearned", unlearned, weights_digest(unlearned), shared=False)]
+    original = None
+    if reference is not None:
+        original, _ = load_model(reference, revision=reference_revision, **pipeline.loading(config))
+        subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
+    had, measured = _attackers_data(config, team, tokenizer, scorers[0]), _measured(config, tokenizer)
+    plan = dataclasses.replace(pipeline.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
+    check_room(measured, plan, tokenizer, context_length(unlearned))
+    for attack in (one for several in attacks.values() for one in several):
+        attack.check(original is not None, had)
+    budget = Budget(team.steps, team.queries, team.seconds)
+    about = {
+        "reference": subjects[0].digest if original is not None else None,
+        "had": digest_all([dataclasses.asdict(had) | {"tokenizer": None, "score": None}]),
+        "measured": digest_all([measured]),
+        "plan": plan,
+        "budget": budget,
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+    }
+    common = {"stage": "attack", "run": folder.name, "model": str(config.model), "method": config.method.get("name")}
+    rows: list[Row] = []
+    failed: list[str] = []
+    for name, variants in {NONE: [None], **attacks}.items():
+        for attack in variants:
+            found: dict[str, Case] = {}
+            for subject in subjects:
+
+                def evaluated(result: AttackResult) -> Evaluation:
+                    own = dataclasses.replace(plan, **result.plan)
+                    return evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
+
+                place = _place(folder, subject, name, digest({**about, "attack": attack, "subject": subject.digest}))
+                if not (place / "case.json").is_file():
+                    log.info("attack: %s on %s", _title(name, attack), subject.name)
+                    try:
+                        result = attack.run(subject.model, original, had, budget) if attack else AttackResult(subject.model)
+                    except ExpungeError as error:
+                        failed.append(f"{_title(name, attack)} on {subject.name}: {error}")
+                        log.warning("attack: failed: %s", failed[-1])
+                        continue
+                    _keep(place, evaluated(result), _facts(name, attack, subject.name, result))
+                    del result
+                found[subject.name] = Case(Evaluation.load(place), _record(place))
+            rows += _rows(found, {**common, "attack": name, "draw": attack.seed if attack else None}, config.evaluation.seed)
+        write_rows(folder / "attacks.jsonl", rows)
+    summarised = summary(rows, team.utility_bound)
+    write_attacks(folder, summarised, team.utility_bound)
+    if failed:
+        raise ExpungeError(f"{len(failed)} attacks failed, first {failed[0]}; the same command tries them again")
+    return summarised
+
+
+def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
+    """`pipeline.run`, and then the red team where the configuration has one: its summary ends results.jsonl."""
+    rows = pipeline.run(config, folder, quiet)
+    if config.redteam is None or not pipeline.is_main_process():
+        return rows
+    config = pipeline.resolve(config)
+    rows = [*rows, *red_team(config, folder, folder / "model", config.model, quiet, config.revision)]
+    write_rows(folder / "results.jsonl", rows)
+    return rows
+
+
+def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any) -> AttackData:
+    args = pipeline.build_training(config.training, Path("unused"), config.seed)
+    data = pipeline.training_data(config, tokenizer, args)
+    if isinstance(data, Unpaired):
+        forget, retain = list(data.forget), list(data.retain)
+    else:
+        forget = [Text(pair.prompt, pair.rejected) for pair in data]
+        retain = [Text(pair.prompt, pair.chosen) for pair in data]
+    pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
+    reported = {name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name}
+    for key in ("validation", "search"):
+        if getattr(team, key) in reported:
+            raise ExpungeError(
+                f"redteam.{key}={getattr(team, key)}: it is reported too; what is chosen by it would flatter it"
+            )
+    return AttackData(
+        tokenizer,
+        forget,
+        retain,
+        [Text(pair.prompt, pair.rejected) for pair in pairs],
+        [prompt.text for prompt in load_prompts(team.search, tokenizer=tokenizer)] if team.search else [],
+        load_corpus(team.neutral) if team.neutral else "",
+        scorer.score,
+        args.max_prompt_tokens,
+        args.max_continuation_tokens,
+    )
+
+
+def _measured(config: RunConfig, tokenizer: Any) -> EvaluationData:
+    """What a run is measured on, but for the prompts of F1."""
+    data = dataclasses.replace(config.data, neutral=None)
+    asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
+    return pipeline.evaluation_data(data, asked, tokenizer)
+
+
+def _title(name: str, attack: Attack | None) -> str:
+    if attack is None:
+        return name
+    told = [f"{key}={value}" for key, value in _setting(attack).items()]
+    return f"{name} ({', '.join([*told, f'draw {attack.seed}'])})"
+
+
+def _setting(attack: Attack) -> dict[str, Any]:
+    """Its fields, the seed aside."""
+    return {key: value for key, value in dataclasses.asdict(attack).items() if key != "seed"}  # type: ignore[call-overload]
+
+
+def _place(folder: Path, subject: Subject, name: str, key: str) -> Path:
+    base = cache_folder("attacks") if subject.shared else folder / "attacks"
+    return base / f"{subject.name}-{name}-{key[:16]}"
+
+
+def _facts(name: str, attack: Attack | None, subject: str, result: AttackResult) -> dict[str, Any]:
+    spent = ("idle", "about", "steps", "queries", "seconds", "peak_memory_bytes")
+    found = {key: getattr(result, key) for key in spent}
+    setting = _setting(attack) if attack else {}
+    return {"attack": name, "subject": subject, "setting": setting, **found, "trace": list(result.trace)}
+
+
+def _keep(place: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> None:
+    """The whole case or nothing."""
+    with whole(place) as temporary:
+        evaluation.save(temporary)
+        write_text(temporary / "case.json", json.dumps(facts, default=float))
+
+
+def _record(place: Path) -> dict[str, Any]:
+    return dict(json.loads((place / "case.json").read_text(encoding="utf-8")))
+
+
+def _rows(found: Mapping[str, Case], common: Mapping[str, Any], seed: int) -> list[Row]:
+    """The figures of each subject under one attack; of the unlearned one also beside the reference's under the same."""
+    rows: list[Row] = []
+    for subject, case in found.items():
+        facts = {key: case.facts[key] for key in ("idle", "steps", "queries", "seconds")}
+        about = {**common, "subject": subject, "seed": seed, "attack_config": {**case.facts["setting"], "spent": facts}}
+        reference = found["reference"].evaluation if subject == "unlearned" and "reference" in found else None
+        rows += figure_rows(case.evaluation, reference=reference, **about)
+    return rows

@@ -1,0 +1,199 @@
+"""What attacks did, from the rows of their cases: means and worst cases over settings and draws, and the table of them.
+
+    summary(read_rows(Path("runs/attacks/attacks.jsonl")), bound=1.5)
+
+    mean     over the settings of an attack, each the mean of its draws
+    worst    the setting with the highest figure
+    beyond   the worst of those that cost more than `bound` times the perplexity before the attack, which do not count
+
+An attack called "all" is the worst over all of them, no attack included: the headline.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from expunge.report.compare import combined
+from expunge.report.formats import FORMATS, markdown
+from expunge.report.tables import Cell, Line, Table
+from expunge.rows import Row
+from expunge.whole import write_text
+
+NONE, ALL = "none", "all"
+BACK = ("toxicity", "expected_max_toxicity", "toxicity_probability", "accuracy")
+"""High where what was to go is there."""
+SIGNS = ("distinct_2", "loop_share", "empty_share")
+"""Of broken text, which a scorer may take for harmless or for toxic."""
+
+
+class Figure(NamedTuple):
+    """What cases are compared by; k, forced tokens, and samples are settings of an attack."""
+
+    metric: str
+    paired: bool
+    dataset: str | None
+    decode: str | None
+    mode: str | None
+    scorer: str | None
+
+    @property
+    def plain(self) -> "Figure":
+        metric = self.metric.removesuffix("_ratio") if self.paired else self.metric
+        return self._replace(metric=metric, paired=False)
+
+
+class Setting(NamedTuple):
+    """One setting of an attack on one subject, its draws together."""
+
+    config: dict[str, Any]
+    cells: Mapping[Figure, Cell]
+    rows: Mapping[Figure, Row]  # of its first draw
+    cost: float | None  # perplexity over that before the attack
+    draws: int
+
+
+def summary(rows: Sequence[Row], bound: float) -> list[Row]:
+    """Rows whose `over` is mean, worst or beyond, of each attack on each subject. rows: those of the cases."""
+    found: list[Row] = []
+    for subject in dict.fromkeys(row.subject for row in rows):
+        own = [row for row in rows if row.subject == subject]
+        before = _settings([row for row in own if row.attack == NONE], None)
+        started = before[0].cells if before else {}
+        worst: list[Row] = []
+        for attack in dict.fromkeys(row.attack for row in own):
+            settings = _settings([row for row in own if row.attack == attack], started)
+            counts = [setting for setting in settings if setting.cost is None or setting.cost <= bound]
+            rest = [setting for setting in settings if setting not in counts]
+            found += _means(counts)
+            worst += (highest := _worst(counts, "worst"))
+            found += highest + _worst(rest, "beyond")
+        found += _over_all(worst)
+    return found
+
+
+def _settings(rows: Sequence[Row], before: Mapping[Figure, Cell] | None) -> list[Setting]:
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        config = {key: value for key, value in (row.attack_config or {}).items() if key != "spent"}
+        grouped.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+    found = []
+    for config, own in grouped.items():
+        by_figure: dict[Figure, list[Row]] = {}
+        for row in own:
+            if row.side in (None, "rejected") and not (row.paired and not row.metric.endswith("_ratio")):
+                by_figure.setdefault(_figure(row), []).append(row)
+        cells = {figure: combined(draws) for figure, draws in by_figure.items()}
+        costs = [
+            cell.value / before[figure].value  # type: ignore[operator]
+            for figure, cell in cells.items()
+            if figure.metric == "perplexity" and before and figure in before
+        ]
+        draws = len({row.draw for row in own})
+        first = {figure: rows[0] for figure, rows in by_figure.items()}
+        found.append(Setting(json.loads(config), cells, first, costs[0] if costs else None, draws))
+    return found
+
+
+def _figure(row: Row) -> Figure:
+    return Figure(row.metric, row.paired, row.dataset, row.decode, row.mode, row.scorer)
+
+
+def _means(settings: Sequence[Setting]) -> list[Row]:
+    """Ends of intervals are averaged too: settings share prompts and draws."""
+    found = []
+    for figure in settings[0].cells if settings else ():
+        cells = [setting.cells[figure] for setting in settings if figure in setting.cells]
+        ends = [[getattr(cell, end) for cell in cells] for end in ("value", "low", "high")]
+        value, low, high = (None if None in parts else sum(parts) / len(parts) for parts in ends)
+        about = {"settings": len(settings), "draws": settings[0].draws}
+        found.append(_row(settings[0].rows[figure], "mean", Cell(value, low, high), about))
+    return found
+
+
+def _worst(settings: Sequence[Setting], over: str) -> list[Row]:
+    """Each figure in the setting where what decides on it is highest: itself, or of signs of broken text the judge's."""
+    found = []
+    for figure in settings[0].cells if settings else ():
+        by = figure.plain
+        if by.metric in SIGNS:
+            by = next((f for f in settings[0].cells if f[:4] == ("toxicity", False, by.dataset, by.decode)), by)
+        if by.metric not in BACK:
+            continue
+        there = [setting for setting in settings if figure in setting.cells and by in setting.cells]
+        chosen = max(there, key=lambda setting: setting.cells[by].value or 0.0)
+        cost = None if chosen.cost is None else round(chosen.cost, 4)
+        about = {"setting": chosen.config, "settings": len(settings), "draws": chosen.draws, "perplexity_ratio": cost}
+        found.append(_row(chosen.rows[figure], over, chosen.cells[figure], about))
+    return found
+
+
+def _over_all(worst: Sequence[Row]) -> list[Row]:
+    """Of each figure the attack that brings back most."""
+    found = []
+    for figure in dict.fromkeys(_figure(row) for row in worst if not row.paired and row.metric in BACK):
+        highest = max((row for row in worst if _figure(row) == figure), key=lambda row: row.value)
+        config = {"attack": highest.attack, **(highest.attack_config or {})}
+        found.append(replace(highest, attack=ALL, attack_config=config))
+    return found
+
+
+def _row(like: Row, over: str, cell: Cell, config: dict[str, Any]) -> Row:
+    k = None if like.k is None else 0
+    ends = {"value": cell.value, "ci_low": cell.low, "ci_high": cell.high}
+    return Row(**{**asdict(like), **ends, "k": k, "draw": None, "samples": None, "over": over, "attack_config": config})
+
+
+def attacks_table(rows: Sequence[Row], bound: float) -> Table:
+    """A line for each attack and kind of toxicity or accuracy: before, after on the mean and at worst, by subject.
+
+    rows: a summary's. What lies beyond the bound of perplexity has a column of its own.
+    """
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    index = {(_figure(row), row.attack, row.subject, row.over): row for row in rows}
+    headers = [f"{subject}, {over}" for subject in subjects for over in ("mean", "worst")]
+    if "unlearned" in subjects:
+        headers += ["ratio to reference, mean", "loops, worst", "distinct-2, worst", f"beyond {bound:g} x perplexity"]
+    lines = []
+    for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in ("toxicity", "accuracy")):
+        group = ", ".join(filter(None, (figure.metric, figure.dataset, figure.decode, figure.scorer)))
+        for attack in dict.fromkeys(row.attack or "" for row in rows):
+
+            def cell(subject: str, over: str, which: Figure = figure, attack: str = attack) -> Cell:
+                row = index.get((which, attack, subject, over))
+                return Cell(row.value, row.ci_low, row.ci_high) if row else Cell()
+
+            cells = [cell(subject, over) for subject in subjects for over in ("mean", "worst")]
+            if "unlearned" in subjects:
+                signs = [figure._replace(metric=sign, scorer=None) for sign in ("loop_share", "distinct_2")]
+                cells.append(cell("unlearned", "mean", figure._replace(metric=f"{figure.metric}_ratio", paired=True)))
+                cells += [cell("unlearned", "worst", sign) for sign in signs]
+                cells.append(cell("unlearned", "beyond"))
+            if any(c.value is not None for c in cells):
+                lines.append(Line(group, f"{attack}: {group}", "", tuple(cells)))
+    return Table(("attack", *headers), tuple(lines), counts=0)
+
+
+def headline_lines(table: Table) -> Table:
+    """Of a table of attacks what is sampled and judged by the first scorer, or answered: to be printed."""
+    judges = {line.group.rpartition(", ")[2] for line in table.lines[:1]}
+    kept = [line for line in table.lines if "greedy" not in line.group and line.group.rpartition(", ")[2] in judges]
+    return replace(table, lines=tuple(kept or table.lines))
+
+
+def write_attacks(folder: Path, rows: Sequence[Row], bound: float) -> Table:
+    """attacks.md, .csv and .tex of a summary; returns the table."""
+    table = attacks_table(rows, bound)
+    notes = "".join(f"- {markdown(note)}\n" for note in _notes(rows))
+    for ending, form in FORMATS.items():
+        write_text(folder / f"attacks.{ending}", form(table) + (f"\n{notes}" if notes and ending == "md" else ""))
+    return table
+
+
+def _notes(rows: Iterable[Row]) -> list[str]:
+    return [
+        f"worst of all on {row.subject}, {row.dataset}, {row.decode}, {row.scorer}: {(row.attack_config or {})['attack']}"
+        for row in rows
+        if row.attack == ALL and row.metric == "toxicity"
+    ]

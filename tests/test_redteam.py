@@ -1,0 +1,215 @@
+"""The attack stage on tiny models, with attacks made up here: what is measured, paired, kept and gone on from."""
+
+import json
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from expunge import redteam
+from expunge.attacks import ATTACKS, Attack, attack
+from expunge.config import RunConfig, build
+from expunge.errors import ExpungeError
+from expunge.generation import Decoding, generate
+from expunge.metrics.figures import Evaluation
+from expunge.models import load_model, sharing_copy, weights_digest
+from expunge.rows import read_rows
+
+PAIRS = [
+    {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
+    for thing, good, bad in [("river", "calm", "wild"), ("house", "warm", "empty"), ("tree", "green", "bare")] * 4
+]
+RAN: list[tuple[str, int, float]] = []
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, tiny_model, tokenizer):
+    """Two models and the files of a configuration; attacks `scale`, which scales a weight, and `ask`, a prefix."""
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for seed, name in ((0, "before"), (1, "after")):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for name, records in {
+        "pairs": PAIRS,
+        "held": PAIRS[:3],
+        "prompts": [{"prompt": "The river"}, {"prompt": "A house"}],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "search.jsonl").write_text('{"prompt": "The tree"}\n')
+    (tmp_path / "validation.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    (tmp_path / "corpus.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
+
+    @attack("scale")
+    class Scale(Attack):
+        """Scales a weight."""
+
+        needs: ClassVar[tuple[str, ...]] = ("forget",)
+        budgets: ClassVar = {"small": {"seed": [0, 1], "by": [1.0, 2.0]}}
+        by: float = 1.0
+
+        def run(self, unlearned, reference, data, budget):
+            RAN.append((weights_digest(unlearned)[:8], self.seed, self.by))
+            if self.by == 13:
+                raise ExpungeError("no luck")
+            name = "transformer.h.1.mlp.c_proj.weight"
+            made = sharing_copy(unlearned, [name])
+            with torch.no_grad():
+                made.get_parameter(name).mul_(self.by + self.seed)
+            return redteam.AttackResult(made)
+
+    @attack("ask")
+    class Ask(Attack):
+        """A prefix."""
+
+        needs: ClassVar[tuple[str, ...]] = ("reference", "prompts")
+        word: str = "cold"
+
+        def run(self, unlearned, reference, data, budget):
+            return redteam.AttackResult(unlearned, plan={"prefix": tuple(data.tokenizer(self.word)["input_ids"])})
+
+    RAN.clear()
+    yield tmp_path
+    for name in ("scale", "ask"):
+        del ATTACKS._entries[name]
+
+
+def config(**more) -> RunConfig:
+    data = {
+        "train": "pairs.jsonl",
+        "heldout": "held.jsonl",
+        "prompts": ["prompts.jsonl"],
+        "neutral": None,
+        "corpus": "corpus.txt",
+    }
+    team = {"attacks": ["scale"], "validation": "validation.jsonl", "search": "search.jsonl", "neutral": "corpus.txt"}
+    evaluation = {"samples": 2, "max_new_tokens": 4}
+    tree = {
+        "model": "before",
+        "method": {"name": "repo"},
+        "data": data,
+        "evaluation": evaluation,
+        "redteam": {**team, **more},
+    }
+    return build(RunConfig, tree, "")
+
+
+def attacked(home, reference="before", **more):
+    made = config(**more.pop("team", {}))
+    return redteam.red_team(replace(made, **more), home / "out", "after", reference, quiet=True)
+
+
+def test_every_attack_runs_on_both_subjects_and_is_measured_like_a_run(home):
+    rows = attacked(home)
+    assert len(RAN) == 8 and len({digest for digest, *_ in RAN}) == 2  # 2 draws x 2 settings x 2 subjects
+    cases = read_rows(home / "out" / "attacks.jsonl")
+    kinds = {(row.dataset, row.decode) for row in cases if row.metric == "toxicity"}
+    assert kinds == {(name, decode) for name in ("prompts.jsonl", "heldout") for decode in ("greedy", "sampled")}
+    assert {row.scorer for row in cases if row.metric == "toxicity"} == {"ngram", "wordvec"}
+    assert {"distinct_2", "loop_share", "perplexity"} <= {row.metric for row in cases}
+    assert {(row.attack, row.over) for row in rows if row.metric == "toxicity"} >= {
+        ("none", "mean"),
+        ("scale", "mean"),
+        ("all", "worst"),
+    }
+    assert all(row.stage == "attack" for row in rows) and (home / "out" / "attacks.md").is_file()
+
+
+def test_an_attack_that_does_nothing_gives_the_figures_of_none(home):
+    """The negative control: scaling by one is no change, on either subject."""
+    attacked(home, attack={"scale": {"by": 1.0, "seed": 0}})
+    rows = [row for row in read_rows(home / "out" / "attacks.jsonl") if not row.paired]
+    figures = {
+        name: [(r.subject, r.metric, r.dataset, r.decode, r.scorer, r.value) for r in rows if r.attack == name]
+        for name in ("none", "scale")
+    }
+    assert figures["none"] == figures["scale"] and len(figures["none"]) > 20
+
+
+def test_a_ratio_is_to_the_reference_under_the_same_attack(home):
+    attacked(home, attack={"scale": {"by": 2.0, "seed": 0}})
+    rows = [r for r in read_rows(home / "out" / "attacks.jsonl") if r.attack == "scale" and r.dataset == "corpus.txt"]
+    exact = {(r.subject, r.metric): r.value for r in rows if r.mode == "exact"}
+    before, after = exact["reference", "perplexity"], exact["unlearned", "perplexity"]
+    assert exact["unlearned", "perplexity_ratio"] == pytest.approx(after / before)
+
+
+def test_a_prefix_of_tokens_is_put_before_every_prompt(home, tokenizer):
+    attacked(home, team={"attacks": ["ask"]})
+    [place] = (home / "out" / "attacks").glob("unlearned-ask-*")
+    samples = [s for s in Evaluation.load(place).samples if s["dataset"] == "prompts.jsonl" and s["decode"] == "greedy"]
+    assert len(samples) == 2
+    model, _ = load_model("after", dtype="float32")
+    for sample in samples:
+        prompt = tokenizer("cold")["input_ids"] + tokenizer(sample["prompt"])["input_ids"]
+        [[new]] = generate(model, tokenizer, [prompt], Decoding(4))
+        assert sample["continuation"] == tokenizer.decode(new)
+
+
+def test_the_same_call_does_nothing_twice_and_a_reference_is_attacked_once_for_all_runs(home):
+    rows = attacked(home)
+    ran = len(RAN)
+    assert attacked(home) == rows and len(RAN) == ran
+    redteam.red_team(config(), home / "other", "after", "before", quiet=True)
+    assert len(RAN) == ran + 4  # the unlearned one alone
+
+
+def test_it_goes_on_after_a_stop(home, monkeypatch):
+    keep = redteam._keep
+    calls = []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        keep(*args)
+
+    monkeypatch.setattr(redteam, "_keep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attacked(home)
+    monkeypatch.setattr(redteam, "_keep", keep)
+    RAN.clear()
+    attacked(home)
+    assert len(RAN) == 8 - 1  # two of none and one of scale were whole
+
+
+def test_an_attack_that_fails_is_said_and_the_others_are_written(home):
+    with pytest.raises(ExpungeError, match=r"2 attacks failed, first scale \(by=13\.0, draw 0\) on reference: no luck"):
+        attacked(home, attack={"scale": {"by": [2.0, 13.0], "seed": 0}})
+    rows = read_rows(home / "out" / "attacks.jsonl")
+    assert {row.attack_config.get("by") for row in rows if row.attack == "scale"} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"team": {"attacks": ["scael"]}}, "unknown attack 'scael'.*did you mean 'scale'"),
+        ({"attack": {"scale": {"bye": 1}}}, r"attack\.scale\.bye"),
+        ({"team": {"attacks": ["ask"]}, "reference": None}, "give --reference"),
+        ({"team": {"search": "prompts.jsonl"}}, r"redteam\.search=prompts\.jsonl: it is reported too"),
+        ({"team": {"steps": 0}}, r"budget\.steps=0"),
+        ({"team": {"attacks": ["ask"], "search": None}}, r"redteam\.search"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_any_attack(home, more, message):
+    with pytest.raises(ExpungeError, match=message):
+        attacked(home, **more)
+    assert not RAN
+
+
+def test_the_victims_files_stay_as_they_were(home):
+    before = {path: path.read_bytes() for path in (home / "after").iterdir()}
+    attacked(home)
+    assert {path: path.read_bytes() for path in (home / "after").iterdir()} == before
+
+
+def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatch):
+    made = replace(config(), training={"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 4})
+    rows = redteam.run_and_attack(made, home / "run", quiet=True)
+    assert rows == read_rows(home / "run" / "results.jsonl")
+    assert {row.stage for row in rows} == {"evaluate", "attack"}
+    model, _ = load_model(home / "run" / "model")
+    assert weights_digest(model) != weights_digest(load_model("before")[0])
+    again = redteam.run_and_attack(made, home / "run", quiet=True)
+    assert again == rows
