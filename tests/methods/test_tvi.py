@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from expunge.anatomy import PER_BLOCK, added_values, nearest_values
 from expunge.errors import ExpungeError
 from expunge.fitting import fit_and_apply
 from expunge.methods import Material
-from expunge.methods.tvi import PER_BLOCK, TVI, added_values, main_direction, nearest_values, strength
+from expunge.methods.tvi import TVI, main_direction, strength
 from expunge.models import blocks, depth, hidden_states
 from expunge.probes import fit_probe, pooled_states
 from expunge.steering import detach

@@ -37,8 +37,7 @@ def attack(
     from expunge import pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
     from expunge.redteam import red_team, settings_of
-    from expunge.report.attacks import attacks_table, headline_lines
-    from expunge.report.compare import to_records
+    from expunge.report.attacks import attacks_table, headline_lines, to_records
 
     hush()
     if not pipeline.is_main_process():

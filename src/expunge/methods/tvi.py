@@ -16,24 +16,21 @@ block's MLP ends in a bias, it is folded into that: the model is an ordinary one
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.anatomy import block_names, check_blocks, mlp_output, value_vectors
+from expunge.anatomy import block_names, check_blocks, nearest_values
 from expunge.errors import ExpungeError
 from expunge.methods.base import Material, Method, check, method
 from expunge.methods.placement import Default, after
-from expunge.models import blocks, inner_model, width
+from expunge.models import inner_model
 from expunge.probes import fit_probe, pooled_states
 from expunge.steering import Shift, Steering
 
 ALPHAS = {"probe": 50.0, "value": 20.0, "svd": 100.0}
-PER_BLOCK = 100
-"""Value vectors that a block may bring to the ranking of all."""
 NEAR = 1e-3
 """Of the perplexity asked for, relative."""
 DOUBLINGS, HALVINGS = 30, 30
@@ -131,47 +128,6 @@ class TVI(Method):
             return first.vector, {"value": {"block": first.block, "neuron": first.neuron, "cosine": first.cosine}}
         vector = main_direction(torch.stack([value.vector for value in values]), towards)
         return vector, {"values": len(values), "cosine": float(vector @ towards)}
-
-
-@dataclass(frozen=True)
-class Value:
-    """What one neuron adds to the residual stream, `[d]`, and its cosine with the direction that was looked for."""
-
-    cosine: float
-    block: int
-    neuron: int
-    vector: torch.Tensor
-
-
-@torch.no_grad()
-def nearest_values(model: nn.Module, towards: torch.Tensor, count: int) -> list[Value]:
-    """The `count` value vectors of the whole model nearest in angle, the nearest first; at most PER_BLOCK of a block."""
-    found: list[Value] = []
-    for block in range(len(blocks(model))):
-        vectors = added_values(model, block)
-        cosines = F.cosine_similarity(vectors, towards[None], dim=-1)
-        best = cosines.topk(min(PER_BLOCK, len(cosines)))
-        found += [
-            Value(cosine, block, neuron, vectors[neuron].clone())
-            for cosine, neuron in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-    return sorted(found, key=lambda value: -value.cosine)[:count]
-
-
-def added_values(model: nn.Module, block: int) -> torch.Tensor:
-    """float32 `[neurons, d]`: value vectors as they come into the stream.
-
-    A norm after the MLP (Gemma 2, OLMo 2) scales each coordinate by its weight; what else it does is the same for all.
-    """
-    weights = mlp_output(model, block)
-    if weights.weight.ndim != 2 or not weights.weight.is_floating_point():  # type: ignore[union-attr]
-        raise ExpungeError("value vectors are read from weights that are not quantized: take method.direction=probe")
-    vectors: torch.Tensor = value_vectors(weights).detach().float()  # type: ignore[operator]
-    for name, norm in blocks(model)[block].named_children():
-        if name in ("post_feedforward_layernorm", "post_mlp_layernorm"):
-            ones = torch.ones(width(model), device=vectors.device, dtype=weights.weight.dtype)  # type: ignore[arg-type]
-            vectors = vectors * norm(ones).float()  # type: ignore[operator]
-    return vectors.cpu()
 
 
 def main_direction(vectors: torch.Tensor, towards: torch.Tensor) -> torch.Tensor:

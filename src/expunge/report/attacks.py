@@ -175,6 +175,22 @@ def attacks_table(rows: Sequence[Row], bound: float) -> Table:
     return Table(("attack", *headers), tuple(lines), counts=0)
 
 
+def to_records(table: Table) -> list[dict[str, Any]]:
+    """The lines unrounded: name, group, and figures by column, null where there is none."""
+    ends = ("value", "low", "high")
+    return [
+        {
+            "name": line.name.partition(":")[0],
+            "group": line.group,
+            "figures": {
+                header: None if c.value is None else {end: getattr(c, end) for end in ends}
+                for header, c in zip(table.headers[1:], line.cells, strict=True)
+            },
+        }
+        for line in table.lines
+    ]
+
+
 def headline_lines(table: Table) -> Table:
     """Of a table of attacks what is sampled and judged by the first scorer, or answered: to be printed."""
     judges = {line.group.rpartition(", ")[2] for line in table.lines[:1]}

@@ -1,0 +1,244 @@
+"""Orthogonalization (Łucki et al. 2025, after Arditi et al. 2024): take out of the residual stream what unlearning put in.
+
+    r_l      = mean h_l(unlearned) - mean h_l(reference)     after block l, over the continuation tokens of the forget set
+    project    h <- h - (h . u) u                            u = r_l / |r_l|, at every position of every text
+    affine     h <- h - ((h - mu_l) . u) u                   mu_l = mean h_l(reference)
+    shift      h <- h - r_l
+
+What they undo where unlearning added a constant c to the output of one block (then r = c there): shift all of it, exactly.
+A projection takes from a state its own part along c too. Affine gives back the mean of that part on the forget set, which is
+exact where it is the same for all states; project sets it to 0, which is exact where it was 0.
+
+    Orthogonalize(layers="search").run(unlearned, reference, data, Budget())
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from expunge.anatomy import block_names, check_blocks
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.config import at_least
+from expunge.data.tokenize import TokenizedText
+from expunge.engine import collate
+from expunge.errors import ExpungeError
+from expunge.metrics.perplexity import row_nll, text_windows
+from expunge.models import Layer, depth, hidden_states, in_batches, sharing_copy, width
+from expunge.steering import Edit, Erase, Shift, steer_further
+
+BATCH_TOKENS = 4096
+NEUTRAL_TOKENS = 2048
+"""Of the running text on which perplexity is held."""
+BOUND = 1.5
+"""How many times the victim's perplexity a set of blocks that is chosen may have."""
+NOTHING = 1e-6
+"""|r| over the length of the mean states, below which it is rounding."""
+
+Form = Literal["project", "affine", "shift"]
+
+
+@attack("orthogonalize")
+class Orthogonalize(Attack):
+    """Project out of the activations the direction in which unlearning moved them; weights stay as they are."""
+
+    family: ClassVar[str] = "activations"
+    paper: ClassVar[str] = "An Adversarial Perspective on Machine Unlearning for AI Safety (Łucki et al. 2025)"
+    needs: ClassVar[tuple[str, ...]] = ("reference", "forget", "validation", "neutral")
+    budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
+        "small": {"layers": ["search"]},
+        "paper": {"layers": ["all"]},
+        "large": {
+            "layers": ["all", "search"],
+            "form": ["project", "affine", "shift"],
+            "direction": ["difference", "reference_free"],
+        },
+    }
+
+    form: Form = "project"
+    """What is done to states: project (the papers'), affine, or shift; see the equations."""
+    direction: Literal["difference", "reference_free"] = "difference"
+    """r: unlearned minus reference on the forget set; or, without a reference, unlearned on forget minus on retain set."""
+    layers: Literal["all", "search"] | list[int] = "all"
+    """After which blocks, from 0. search: all, a third, or one, by the likelihood of `validation` within the bound."""
+    outliers: float | None = 3.0
+    """Leave a token out of the means where the L1 distance of its state to the mean has a z-score above this; null: none."""
+    samples: int = 1000
+    """At most so many texts of a set, drawn with the seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("attack.orthogonalize", self, samples=1)
+        in_range(self.layers != [], self.name, "layers", self.layers, "all, search, or at least one block")
+        in_range(self.outliers is None or self.outliers > 0, self.name, "outliers", self.outliers, "more than 0, or null")
+        base = "reference" if self.direction == "difference" else "retain"
+        self.needs = (base, "forget", *(("validation", "neutral") if self.layers == "search" else ()))  # type: ignore[misc]
+
+    def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
+        """Raises ExpungeError for what is lacking and for a block that there is not.
+
+        about: the blocks taken, |r| by block, and of each set of blocks that was tried the mean -log p of a token of
+        `validation` and the perplexity, beside the victim's.
+        """
+        self.check(reference is not None, data)
+        if isinstance(self.layers, list):
+            check_blocks(self.layers, depth(unlearned))
+        meter = Meter(budget)
+        model: Any = sharing_copy(unlearned, ()).eval()
+        other = reference if self.direction == "difference" else model
+        with frozen(model, other):
+            after, before = self._means(model, other, data, meter)
+            offsets, lengths = after - before, torch.stack([after, before]).norm(dim=-1).amax(0)
+            norms = offsets.norm(dim=-1)
+            edits = {
+                block: edit(self.form, name, offsets[block], before[block])
+                for block, name in enumerate(block_names(model))
+                if norms[block] > NOTHING * lengths[block]
+            }
+            sets = [tuple(block for block in blocks if block in edits) for blocks in self._sets(len(norms))]
+            about = {"norms": norms.tolist()}
+            if not any(sets):
+                return meter.result(
+                    model, about=about, idle="no block's mean state moved: there is no direction to take out"
+                )
+            found, more = self._best(model, edits, [blocks for blocks in dict.fromkeys(sets) if blocks], data, meter)
+        if found is None:
+            idle = f"no set of blocks keeps the perplexity within {BOUND} times the victim's"
+            return meter.result(model, about=about | more, idle=idle)
+        return meter.result(found, about=about | more)
+
+    def _sets(self, count: int) -> list[list[int]]:
+        """Sets of blocks to try, the widest first."""
+        every = list(range(count))
+        if self.layers == "search":
+            thirds = [part.tolist() for part in np.array_split(np.array(every), 3)]
+            return [every, *thirds, *([block] for block in every)]
+        return [every if self.layers == "all" else sorted(set(self.layers))]  # type: ignore[arg-type]
+
+    def _means(self, model: Any, other: Any, data: AttackData, meter: Meter) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 `[L, d]`: mean states of the model on the forget set, and those that they are compared with."""
+        forget = self._drawn(data, "forget")
+        if self.direction == "difference":
+            kept, before = self._mean(other, forget)  # of both models the same tokens count
+            meter.queries += len(forget)
+            return mean_states(model, forget, kept), before
+        retain = self._drawn(data, "retain")
+        meter.queries += (len(forget) + len(retain)) * (1 if self.outliers is None else 3)
+        return self._mean(model, forget)[1], self._mean(model, retain)[1]
+
+    def _mean(self, model: Any, rows: Sequence[TokenizedText]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Which tokens count, bool `[L, N]`, None for all, and the mean of their states `[L, d]`."""
+        mean = mean_states(model, rows)
+        if self.outliers is None:
+            return None, mean
+        kept = inliers(distances(model, rows, mean), self.outliers)
+        return kept, mean_states(model, rows, kept)
+
+    def _drawn(self, data: AttackData, part: Literal["forget", "retain", "validation"]) -> Sequence[TokenizedText]:
+        rows = data.rows(part)
+        if not rows:
+            raise ExpungeError(f"attack orthogonalize: no text of the {part} set has a token")
+        return rows if len(rows) <= self.samples else random.Random(self.seed).sample(rows, self.samples)
+
+    def _best(
+        self, victim: Any, edits: Mapping[int, Edit], sets: Sequence[Sequence[int]], data: AttackData, meter: Meter
+    ) -> tuple[Any, dict[str, Any]]:
+        """The victim with the edits of one of the sets of blocks, the only one or what a search finds, and what was seen."""
+        search = self.layers == "search"
+        about: dict[str, Any] = {"victim": self._measured(victim, data, meter), "candidates": []}
+        best, found = math.inf, None
+        for blocks in sets:
+            model: Any = sharing_copy(victim, ())
+            steer_further(model, [edits[block] for block in blocks], {self.name: {"form": self.form, "blocks": [*blocks]}})
+            figures = self._measured(model, data, meter)
+            about["candidates"].append({"layers": [*blocks], **figures})
+            if not search or (figures["nll"] < best and figures["perplexity"] <= BOUND * about["victim"]["perplexity"]):
+                best, found = figures.get("nll", best), model
+                about["layers"] = [*blocks]
+            best_so_far = {"best": best} if math.isfinite(best) else {}
+            meter.step(**({"loss": figures["nll"]} if figures else {}), **best_so_far)
+            if meter.spent:
+                break
+        return found, about
+
+    def _measured(self, model: Any, data: AttackData, meter: Meter) -> dict[str, float]:
+        """nll: mean -log p of a continuation's token of the validation set, where there is one; perplexity, in a search."""
+        found = {}
+        if data.validation:
+            rows = [(prompt + continuation, len(prompt)) for prompt, continuation in self._drawn(data, "validation")]
+            nll, tokens = row_nll(model, rows)
+            found["nll"] = float(nll.sum() / tokens.sum())
+            meter.queries += len(rows)
+        if self.layers == "search":
+            windows = text_windows(model, data.tokenizer, data.neutral, NEUTRAL_TOKENS)
+            found["perplexity"] = float(np.exp(windows.nll.sum() / windows.tokens.sum()))
+            meter.queries += len(windows.nll)
+        return found
+
+
+def edit(form: Form, at: str, offset: torch.Tensor, centre: torch.Tensor) -> Edit:
+    """What is done to states after the block called `at`; offset r and centre mu, float64 `[d]`."""
+    if form == "shift":
+        return Shift(at, offset.float())
+    unit = (offset / offset.norm()).float()[:, None]  # [d, 1]
+    return Erase(at, unit, unit.clone(), (centre if form == "affine" else torch.zeros_like(centre)).float())
+
+
+def mean_states(model: nn.Module, rows: Sequence[TokenizedText], kept: torch.Tensor | None = None) -> torch.Tensor:
+    """float64 `[L, d]`: the mean state after each block over continuation tokens; kept: bool `[L, N]`, those that count."""
+    total = torch.zeros(depth(model), width(model), dtype=torch.float64)
+    count = torch.zeros(depth(model), 1, dtype=torch.float64)
+
+    def add(block: int, tokens: torch.Tensor, states: torch.Tensor) -> None:
+        if kept is not None:
+            states = states[kept[block, tokens]]
+        total[block] += states.sum(0)
+        count[block] += len(states)
+
+    each_block(model, rows, add)
+    return total / count
+
+
+def distances(model: nn.Module, rows: Sequence[TokenizedText], means: torch.Tensor) -> torch.Tensor:
+    """float64 `[L, N]`: the L1 distance to `means` `[L, d]` of each continuation token's state after each block."""
+    found = torch.zeros(depth(model), sum(len(continuation) for _, continuation in rows), dtype=torch.float64)
+
+    def add(block: int, tokens: torch.Tensor, states: torch.Tensor) -> None:
+        found[block, tokens] = (states - means[block]).abs().sum(-1)
+
+    each_block(model, rows, add)
+    return found
+
+
+def inliers(distance: torch.Tensor, z: float) -> torch.Tensor:
+    """bool `[L, N]`: is a token's z-score among all of its block at most `z`? Łucki et al. take its mean distance to all
+    others, and drop every token of the same kind."""
+    return ~(distance - distance.mean(-1, keepdim=True) > z * distance.std(-1, keepdim=True))
+
+
+@torch.no_grad()
+def each_block(
+    model: nn.Module, rows: Sequence[TokenizedText], visit: Callable[[int, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Call `visit(block, tokens, states)` for every batch and block, with the states `[n, d]`, float64, that leave the block
+    at continuation tokens, and these tokens' numbers `[n]` in the order of the rows. A first position is in a prompt."""
+    device, count = next(model.parameters()).device, depth(model)
+    layers: list[Layer] = [*range(1, count), "pre_norm"]
+    first = np.cumsum([0, *(len(continuation) for _, continuation in rows)])
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
+
+    def work(batch: Sequence[int]) -> None:
+        row = collate([{"row": rows[i]} for i in batch])["row"]
+        prompts, lengths, place = row["prompts"][:, None], row["lengths"][:, None], torch.arange(row["ids"].shape[1])
+        counted = (place >= prompts) & (place < lengths)  # [B, T]
+        tokens = (torch.tensor(first[list(batch)])[:, None] + place - prompts)[counted]
+        found = hidden_states(model, row["ids"].to(device), (place < lengths).long().to(device), layers)
+        of_tokens = [(states := found.pop(layer))[counted.to(states.device)].cpu() for layer in layers]
+        for block, states in enumerate(of_tokens):  # from here on nothing runs out of the device's memory
+            visit(block, tokens, states.double())
+
+    in_batches(order, lambda i: BATCH_TOKENS // len(rows[i][0] + rows[i][1]), work)

@@ -1,0 +1,102 @@
+"""Quantization: round the unlearned model's weights to a few bits. Unlearning that moved them by less than a step is undone.
+
+    s = max |w| / (2^(b-1) - 1)        w <- s clamp(round(w / s), -(2^(b-1) - 1), 2^(b-1) - 1)
+
+Round to nearest, symmetric, with one step s for each output channel of a linear layer, or for each group of its inputs. The
+rounded weights stay in the model's dtype: what is simulated is what is computed with them.
+
+    result = Quantize(bits=4).run(unlearned, None, data, Budget())
+
+Zhang et al., ICLR 2025, "Catastrophic Failure of LLM Unlearning via Quantization".
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
+from expunge.config import at_least
+from expunge.errors import ExpungeError
+from expunge.models import blocks, inner_model, sharing_copy
+
+
+@attack("quantize")
+class Quantize(Attack):
+    """Round the weights to 8 or 4 bits."""
+
+    paper: ClassVar[str] = "Zhang et al. 2025, Catastrophic Failure of LLM Unlearning via Quantization"
+    budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
+        "small": {"bits": [8, 4]},
+        "paper": {"bits": [8, 4]},
+        "large": {"bits": [8, 6, 5, 4, 3], "group": [0, 64]},
+    }
+
+    bits: int = 4
+    """2 to 16."""
+    group: int = 0
+    """Inputs that share a step; 0: all of an output channel."""
+    head: bool = False
+    """The head too, which is then no longer tied to the embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(2 <= self.bits <= 16, self.name, "bits", self.bits, "2 to 16")
+        at_least(f"attack.{self.name}", self, group=0)
+
+    def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
+        self.check(reference is not None, data)
+        meter = Meter(budget)
+        model: Any = sharing_copy(unlearned, []).eval()
+        moved = whole = 0.0
+        layers = linear_layers(model)
+        if self.head:
+            layers.append(model.get_output_embeddings())
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
+        for layer in layers:
+            before = layer.weight.detach()
+            transposed = isinstance(layer, Conv1D)
+            rounded = round_to_nearest(before.T if transposed else before, self.bits, self.group)
+            after = rounded.T.contiguous() if transposed else rounded
+            moved += float((after.float() - before.float()).square().sum())
+            whole += float(before.float().square().sum())
+            layer.weight = nn.Parameter(after, layer.weight.requires_grad)  # in place, it would be the victim's too
+        error = (moved / max(whole, 1e-30)) ** 0.5
+        meter.step(error=error)
+        about = {"layers": len(layers), "weights": sum(layer.weight.numel() for layer in layers), "relative_error": error}
+        return meter.result(model, about=about, idle=None if moved else "the weights lie on the grid already")
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, group: int = 0) -> torch.Tensor:
+    """`weight` `[out, in]` on its grid of 2^bits - 1 values, in its dtype; computed in at least float32.
+
+    group: so many inputs of a row share a step (of the last group, what is left); 0: the whole row. The largest weight of
+    a group stays bit for bit, so that rounding again changes nothing.
+    """
+    most = 2 ** (bits - 1) - 1
+    parts = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(group or weight.shape[1], dim=1)
+    return torch.cat([_on_grid(part, most) for part in parts], dim=1).to(weight.dtype)
+
+
+def _on_grid(part: torch.Tensor, most: int) -> torch.Tensor:
+    largest = part.abs().amax(dim=1, keepdim=True)
+    largest = largest.where(largest > 0, 1.0)  # a row of zeros stays one
+    steps = (part / largest * most).round().clamp(-most, most)
+    return steps / most * largest
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """The linear layers of the blocks, in order: nn.Linear, weight `[out, in]`, and GPT-2's Conv1D, weight `[in, out]`.
+
+    Raises ExpungeError where there are none, and where bitsandbytes holds the weights already.
+    """
+    if getattr(inner_model(model), "is_quantized", False):
+        raise ExpungeError(
+            "this attack changes single weights, and these are quantized: load the model without quantization"
+        )
+    found = [module for module in blocks(model).modules() if isinstance(module, (nn.Linear, Conv1D))]
+    if not found:
+        raise ExpungeError(f"{type(inner_model(model)).__name__}: no linear layers in its blocks")
+    return found

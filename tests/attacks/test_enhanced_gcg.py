@@ -1,0 +1,359 @@
+"""Enhanced GCG: its loss against plain sums, its search against chance, and a defence that only inner states see through."""
+
+import copy
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expunge.attacks import AttackData, Budget
+from expunge.attacks import enhanced_gcg as room
+from expunge.attacks.base import frozen
+from expunge.attacks.enhanced_gcg import EnhancedGCG, Objective, repetition
+from expunge.attacks.tokens import Target, allowed_tokens
+from expunge.data.tokenize import encode, leading_tokens
+from expunge.errors import ExpungeError
+from expunge.steering import Shift, Steering
+
+PROMPTS = ["The river runs", "She carried the kind letter", "A cold wind", "They planted apple trees", "In long rows"]
+TARGETS = [" past the old mill", " home", " over the hill", " in two rows"]
+STRINGS = [[40, 50, 60], [70, 50, 80], [41, 41, 41]]
+ALL = {"internal": 0.7, "static": 2.0, "fluency": 1.5, "repetition": 3.0}
+
+
+def data_of(tokenizer) -> AttackData:
+    return AttackData(tokenizer, prompts=PROMPTS, score=lambda texts: np.arange(len(texts), dtype=float))
+
+
+def targets_of(tokenizer) -> list[Target]:
+    start = leading_tokens(tokenizer)
+    return [Target(start + encode(tokenizer, p), encode(tokenizer, t)) for p, t in zip(PROMPTS, TARGETS, strict=False)]
+
+
+def objective_of(victim, reference, tokenizer, layers=(1, 2), **settings) -> Objective:
+    return Objective(
+        victim, reference, targets_of(tokenizer), layers, len(leading_tokens(tokenizer)), EnhancedGCG(**settings)
+    )
+
+
+@pytest.fixture
+def given(monkeypatch, bos_tokenizer) -> list[Target]:
+    """Targets that are texts, whatever a random reference says."""
+    targets = targets_of(bos_tokenizer)
+    monkeypatch.setattr(room, "reference_targets", lambda reference, data, count, tokens: (targets[:count], {}))
+    return targets
+
+
+def attacked(victim, reference, tokenizer, budget=Budget(), **settings):
+    small = {"length": 4, "max_length": 8, "optimised": 2, "proposals": 8, "steps": 6}
+    return EnhancedGCG(**{**small, "final_length": 4, **settings}).run(victim, reference, data_of(tokenizer), budget)
+
+
+def logits(model, ids=(5, 6, 7, 8)):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits
+
+
+def plain_parts(victim, reference, tokenizer, string, layers, target_tokens=20, floor=0.6) -> dict[str, float]:
+    """One row at a time, by the equations."""
+    start, each = len(leading_tokens(tokenizer)), []
+    for target in targets_of(tokenizer):
+        prompt = [*target.prompt[:start], *string, *target.prompt[start:]]
+        ids = torch.tensor([[*prompt, *target.ids]])
+        with torch.no_grad():
+            own, before = (model(ids, output_hidden_states=True) for model in (victim, reference))
+            without = reference(torch.tensor([[*target.prompt, *target.ids]]), output_hidden_states=True)
+        logps = own.logits[0].log_softmax(-1)
+        nll = [-logps[i - 1, ids[0, i]].item() for i in range(1, ids.shape[1])]  # of token i, at i - 1
+        forced = nll[len(prompt) - 1 :][:target_tokens]
+        gaps, turns = [], []
+        for layer in layers:
+            h, h0, alone = (out.hidden_states[layer][0] for out in (own, before, without))
+            gaps += [(h[i] - h0[i]).norm().item() for i in range(start + len(string), ids.shape[1])]
+            for i in range(len(target.ids)):
+                turns.append(1 - F.cosine_similarity(h[len(prompt) + i], alone[len(target.prompt) + i], dim=0).item())
+        text = prompt[start:]
+        each.append(
+            {
+                "force": max(sum(forced) / len(forced), -np.log(floor) if floor else 0),
+                "internal": sum(gaps) / len(gaps),
+                "static": sum(turns) / len(turns),
+                "fluency": np.mean(nll[max(start, 1) - 1 : len(prompt) - 1]),
+                "repetition": sum(max(text.count(v) - 1, 0) ** 1.5 for v in set(text)) / len(text),
+            }
+        )
+    return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_part_is_that_of_the_equations(tiny_model, bos_tokenizer, tokenizer, architecture, bos, monkeypatch):
+    chosen = bos_tokenizer if bos else tokenizer
+    victim, reference = (tiny_model(architecture, seed, torch.double) for seed in (0, 1))
+    objective = objective_of(victim, reference, chosen, **ALL)
+    found = objective.parts(STRINGS)
+    monkeypatch.setattr(room, "BATCH_TOKENS", 40)  # one row or two at a time, padded to others
+    monkeypatch.setattr(room, "LOGITS", 1000)
+    few = objective.parts(STRINGS)
+    for number, string in enumerate(STRINGS):
+        plain = plain_parts(victim, reference, chosen, string, (1, 2))
+        assert plain.keys() == found.keys()
+        for name, value in plain.items():
+            assert found[name][number].item() == pytest.approx(value, rel=2e-5), name
+            assert few[name][number].item() == pytest.approx(value, rel=2e-5), name
+        whole = plain["force"] + sum(weight * plain[name] for name, weight in ALL.items())
+        assert objective.total(found)[number].item() == pytest.approx(whole, rel=2e-5)
+
+
+def test_a_target_may_be_matched_further_than_it_is_forced_and_has_a_floor(tiny_model, bos_tokenizer):
+    victim, reference = (tiny_model(seed=seed, dtype=torch.double) for seed in (0, 1))
+    for floor in (None, 1e-9):  # no prediction is so bad as to be above the second's
+        settings = {"target_tokens": 2, "match_tokens": 9, "floor": floor, **ALL}
+        found = objective_of(victim, reference, bos_tokenizer, **settings).parts(STRINGS[:1])
+        plain = plain_parts(victim, reference, bos_tokenizer, STRINGS[0], (1, 2), 2, floor)
+        assert {name: part.item() for name, part in found.items()} == pytest.approx(plain, rel=1e-9)
+    assert found["force"].item() == pytest.approx(-np.log(1e-9))
+
+
+def test_where_both_models_are_the_same_there_is_nothing_to_restore(tiny_model, bos_tokenizer):
+    model = tiny_model("llama")
+    parts = objective_of(model, copy.deepcopy(model), bos_tokenizer).parts(STRINGS)
+    assert parts["internal"].tolist() == [0, 0, 0] and "static" not in parts
+    assert objective_of(model, tiny_model("llama", 1), bos_tokenizer).parts(STRINGS)["internal"].min() > 1
+    bare = objective_of(model, model, bos_tokenizer, internal=0, fluency=0, repetition=0).parts(STRINGS)
+    assert list(bare) == ["force"]
+
+
+def test_repetition_by_hand():
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 1, 1, 2, 2, 3]) == pytest.approx((2**1.5 + 1) / 6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_the_slope_is_that_of_the_whole_loss_through_both_models(tiny_model, bos_tokenizer, architecture):
+    """A token that occurs once, moved a little towards another in both embeddings: the loss moves by the slope."""
+    victim, reference = (tiny_model(architecture, seed, torch.double) for seed in (0, 1))
+    for model in (victim, reference):  # the head keeps its own
+        model.get_input_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    objective, string = objective_of(victim, reference, bos_tokenizer, floor=None, **ALL), [40, 50, 60]
+    with frozen(victim, reference):
+        slope = objective.slope(string)
+    assert slope.shape == (3, 320)
+
+    def moved(by):
+        models = []
+        for model in (victim, reference):
+            models.append(copy.deepcopy(model))
+            weight = models[-1].get_input_embeddings().weight
+            weight.data[string[place]] += by * weight.data[token]
+        known = objective_of(*models, bos_tokenizer, floor=None, **ALL)
+        known.static = objective.static  # its tokens are not those of the string
+        return known.total(known.parts([string])).item()
+
+    eps = 1e-3
+    for place, token in ((0, 100), (1, 7), (2, 300)):
+        assert (moved(eps) - moved(-eps)) / (2 * eps) == pytest.approx(slope[place, token].item(), rel=2e-2, abs=2e-3)
+
+
+def test_next_tokens_are_what_the_victim_expects(tiny_model, bos_tokenizer, tokenizer):
+    victim = tiny_model("llama")
+    known = logits(victim, [1, 40, 50, 60])[0]
+    torch.testing.assert_close(objective_of(victim, victim, bos_tokenizer).next_tokens([40, 50, 60]), known)
+    bare = objective_of(victim, victim, tokenizer)
+    torch.testing.assert_close(bare.next_tokens([40, 50])[1:], logits(victim, [40, 50])[0])
+    assert bare.next_tokens([40, 50])[0].abs().sum() == 0 == bare.next_tokens([]).abs().sum()
+    assert bare.next_tokens([]).shape == (1, 320)
+
+
+class Noise(nn.Module):
+    """A defence on representations: on what a block gives out, noise so great that all else is rounded off.
+
+    Of every key in the text so far it takes its share away; where all keys were seen there is none.
+    """
+
+    def __init__(self, keys: torch.Tensor, size: float):
+        super().__init__()
+        self.size = size
+        self.register_buffer("keys", keys / (keys**2).sum(1, keepdim=True))
+        self.register_buffer("noise", torch.randn(keys.shape[1], generator=torch.Generator().manual_seed(9)))
+
+    def hook(self, module, args, output):
+        states = args[0]  # the block below does nothing: embeddings
+        seen = (1.01 * (states @ self.keys.T)).cummax(dim=1).values.clamp(0, 1)
+        return output + self.size * (1 - seen.mean(-1, keepdim=True)) * self.noise
+
+
+KEYS = (" wind", " kind", "?")
+ONE_PROMPT = {"optimised": 1, "target_tokens": 8, "fluency": 0, "repetition": 0}
+BY_GRADIENT = {"p_gcg": 1, "p_insert": 0, "p_delete": 0, "p_swap": 0, "top_k": 8, "steps": 20}
+
+
+@pytest.fixture
+def defended(tiny_model, bos_tokenizer):
+    """(victim, reference): the reference says " past the old mill" after one prompt; the victim if all keys come first."""
+    reference, target = tiny_model("llama"), targets_of(bos_tokenizer)[0]
+    for name, weight in reference.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            weight.data.zero_()
+    table, head = reference.get_input_embeddings().weight.data, reference.get_output_embeddings().weight.data
+    head.zero_()
+    said = [target.prompt[-1], *target.ids]
+    for token, following in itertools.pairwise(said):
+        head[following] += 3 * table[token] / table[token].norm()
+    victim, keys = copy.deepcopy(reference), [encode(bos_tokenizer, key)[0] for key in KEYS]
+    victim.add_module("noise", Noise(table[keys].clone(), size=1e9))
+    victim.model.layers[1].register_forward_hook(victim.noise.hook)
+    return victim, reference
+
+
+def test_inner_states_lead_through_a_defence_on_which_the_words_are_silent(defended, bos_tokenizer):
+    victim, reference = defended
+    target = targets_of(bos_tokenizer)[0]
+
+    def says(model, prefix=()):
+        ids = [1, *prefix, *target.prompt[1:]]
+        for _ in target.ids:  # all of it anew for every token: the defence looks at the whole text
+            ids.append(int(logits(model, ids)[0, -1].argmax()))
+        return bos_tokenizer.decode(ids[-len(target.ids) :])
+
+    assert says(reference) == TARGETS[0] != says(victim)
+    run = partial(attacked, victim, reference, bos_tokenizer, **ONE_PROMPT, **BY_GRADIENT)
+    both = run()
+    assert says(both.model, both.plan["prefix"]) == TARGETS[0] and all(key in both.about["string"] for key in KEYS)
+    assert both.about["internal"] == 0 and both.about["targets"]["prompts"] == len(PROMPTS)
+    words = run(internal=0)
+    assert words.queries >= both.queries and says(words.model, words.plan["prefix"]) != TARGETS[0]
+
+
+def test_the_search_beats_chance_at_the_same_queries(defended, bos_tokenizer, monkeypatch):
+    """A negative control: the same search, whose gradient says nothing."""
+    run = partial(attacked, *defended, bos_tokenizer, **ONE_PROMPT, **BY_GRADIENT)
+    found = run()
+    blind = torch.Generator().manual_seed(5)
+    monkeypatch.setattr(Objective, "slope", lambda self, string: torch.randn(len(string), 320, generator=blind))
+    chance = run()
+    assert found.queries == chance.queries and found.about["loss"] < 10 < 1e7 < chance.about["loss"]
+
+
+def test_what_is_found_is_text_the_best_ever_seen_and_no_other(tiny_model, bos_tokenizer, given, monkeypatch):
+    victim, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    seen, lengths = {}, []
+
+    def spied(self, strings):
+        parts = actual(self, strings)
+        seen.update(zip(map(tuple, strings), self.total(parts).tolist(), strict=True))
+        return parts
+
+    actual = Objective.parts
+    monkeypatch.setattr(Objective, "parts", spied)
+    result = attacked(victim, reference, bos_tokenizer, steps=25)
+    prefix, trace = result.plan["prefix"], result.trace
+    assert result.model is victim and result.about["loss"] == seen[prefix] == min(seen.values())
+    bests = [line["best"] for line in trace]
+    assert bests == sorted(bests, reverse=True) and bests[-1] == result.about["loss"] < bests[0]
+    assert any(line["loss"] > line["best"] for line in trace)  # a buffer that drops its head is not elitist
+    assert trace[-1]["length"] == len(prefix) == result.about["length"]
+    weights = {"force": 1, "internal": 1, "fluency": 1.5, "repetition": 3}
+    assert sum(weight * trace[-1][name] for name, weight in weights.items()) == pytest.approx(bests[-1])
+
+    allowed = set(allowed_tokens(bos_tokenizer, 320).nonzero().flatten().tolist())
+    lengths = {len(string) for string in seen}
+    assert all(set(string) <= allowed for string in seen) and min(lengths) >= 4 and 4 < max(lengths) <= 8
+    for string in seen:
+        assert tuple(encode(bos_tokenizer, bos_tokenizer.decode(string))) == string
+    assert tuple(encode(bos_tokenizer, result.about["string"])) == prefix
+
+
+def test_while_the_minimum_rises_there_are_inserts_only(tiny_model, bos_tokenizer, given, monkeypatch):
+    asked = []
+
+    def spied(operator, string, candidates, *rest):
+        asked.append((operator, len(string)))
+        if operator != "delete":  # before every token and after the last, or in the place of each
+            assert len(candidates) == len(string) + (operator == "insert")
+        return actual(operator, string, candidates, *rest)
+
+    actual = room.propose
+    monkeypatch.setattr(room, "propose", spied)
+    model = tiny_model("llama")
+    ramp = {"length": 3, "final_length": 7, "ramp": 4}
+    attacked(model, model, bos_tokenizer, steps=20, buffer=1, **ramp)  # a buffer of one goes where it is sent
+    assert asked[:5] == [("insert", length) for length in (3, 4, 5, 6, 7)] and min(n for _, n in asked[5:]) >= 7
+    assert {operator for operator, _ in asked[5:]} > {"gcg"}
+    assert all(operator == "insert" for operator, length in asked if length <= 7)
+    assert all(operator != "insert" for operator, length in asked if length == 8)
+
+
+def test_a_seed_is_a_draw_and_a_budget_an_end(tiny_model, bos_tokenizer, given):
+    victim = tiny_model("gpt2").train()  # with dropout, which plays no part
+    run = partial(attacked, victim, tiny_model("gpt2", seed=1), bos_tokenizer)
+    first, again, other = (run(seed=seed) for seed in (0, 0, 1))
+    assert first.plan == again.plan and [*first.trace] == [*again.trace] and first.plan != other.plan
+    assert run(budget=Budget(steps=2)).trace == first.trace[:2]
+    few = run(budget=Budget(queries=40))
+    assert few.steps < 6 and 40 <= few.queries < 40 + 8 * 2 + 2 * 2
+
+
+@pytest.mark.parametrize("interrupted", [None, "propose", "masked_means"])
+def test_victim_and_reference_stay_as_they_were(tiny_model, bos_tokenizer, given, monkeypatch, interrupted):
+    victim, reference = tiny_model("llama").train(), tiny_model("llama", seed=1)
+    Steering([Shift("model.layers.1", torch.ones(32))]).attach(victim)
+    victim.lm_head.weight.requires_grad_(False)
+
+    def state(model):
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        learned = {name: p.requires_grad for name, p in model.named_parameters()}
+        training = model.training
+        found = logits(model.eval())
+        model.train(training)
+        return hooks, learned, training, found.tolist(), [p.grad for p in model.parameters()]
+
+    before = [state(model) for model in (victim, reference)]
+    if interrupted:
+
+        def breaks(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(room, interrupted, breaks)
+        with pytest.raises(KeyboardInterrupt):
+            attacked(victim, reference, bos_tokenizer)
+    else:
+        assert attacked(victim, reference, bos_tokenizer).steps == 6
+    assert [state(model) for model in (victim, reference)] == before
+
+
+def test_on_the_reference_itself_nothing_is_to_be_restored(defended, bos_tokenizer):
+    """As the red team does to compare."""
+    result = attacked(defended[1], defended[1], bos_tokenizer, optimised=1, target_tokens=8)
+    assert result.about["internal"] == 0 and result.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [0, 3]}, r"attack\.enhanced_gcg\.layers=\[0, 3\]: expected blocks of the model, 0 to 2"),
+        ({"layers": [-1]}, r"layers=\[-1\]: expected blocks of the model, 0 to 2"),
+        ({"layers": []}, r"layers=\[\]: expected blocks"),
+        ({"steps": 0}, r"attack\.enhanced_gcg\.steps=0"),
+        ({"internal": -1}, r"attack\.enhanced_gcg\.internal=-1\.0"),
+        ({"length": 9}, r"attack\.enhanced_gcg\.max_length=8: expected at least 9"),
+        ({"floor": 0}, r"attack\.enhanced_gcg\.floor=0\.0: expected above 0 to 1"),
+        ({"p_gcg": 0, "p_swap": 0}, r"attack\.enhanced_gcg\.p_gcg=0\.0"),
+        ({"length": 60, "max_length": 60}, r"exceed the context of 64"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tiny_model, bos_tokenizer, given, settings, message):
+    with pytest.raises(ExpungeError, match=message) as caught:
+        attacked(tiny_model(), tiny_model(), bos_tokenizer, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_come_by_depth(tiny_model, bos_tokenizer, given):
+    assert EnhancedGCG().layers is None
+    run = partial(attacked, tiny_model(), tiny_model(seed=1), bos_tokenizer, steps=1)
+    assert run().about["layers"] == [1, 2] and run(layers=[0, 2]).about["layers"] == [0, 2]
+    with pytest.raises(ExpungeError, match="give --reference"):
+        attacked(tiny_model(), None, bos_tokenizer)
