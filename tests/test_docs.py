@@ -56,6 +56,7 @@ CUTS = {
     "train": ["--quiet", *TRAINING],
     "doctor": ["data.limit=8"],
     "evaluate": ["--quiet", *EVALUATION],
+    "attack": ["--quiet", *EVALUATION, "attack.relearn_forget.samples=4"],
     "generate": ["--max-new-tokens", "2"],
 }
 

@@ -278,6 +278,13 @@ def test_an_outlier_is_one_by_its_z_score_and_all_alike_have_none():
     assert inliers(far, 5.0).all() and inliers(far[:, :1], 3.0).all()
 
 
+def test_dropout_has_no_part_in_a_direction(tiny_model, data):
+    """GPT-2's dropout is 0.1: of a model that is in training it would make another direction each time."""
+    wanted = added_edits(Orthogonalize(form="shift").run(tiny_model(seed=1), tiny_model(), data, Budget()))
+    found = added_edits(Orthogonalize(form="shift").run(tiny_model(seed=1).train(), tiny_model().train(), data, Budget()))
+    assert all(torch.equal(a.vector, b.vector) for a, b in zip(found, wanted, strict=True))
+
+
 def test_a_direction_comes_from_passes_that_nothing_of_the_attack_changes(tiny_model, data):
     """That of block 2 is the same whether states below are projected or not; the victim's own steering counts."""
     reference, victim = tiny_model(), shifted(tiny_model(seed=1), 0, vector(4))

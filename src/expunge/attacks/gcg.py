@@ -90,9 +90,8 @@ class GCG(Attack):
                 return victim.losses(strings, current).cpu().nan_to_num(nan=math.inf)
 
             current = first
-            random = [random_strings(allowed, self.width, self.length, draw)] if self.buffer > 1 else []
-            typed = [typed_anywhere(tokenizer, rows, prompts)[: self.buffer - 1] for rows in random]
-            drawn = torch.cat([first[None], *typed])
+            others = typed_anywhere(tokenizer, random_strings(allowed, self.width, self.length, draw), prompts)
+            drawn = torch.cat([first[None], others[: max(0, self.buffer - 1)]])
             losses = measure(drawn)
             first_loss = losses[0].item()
             loss, current = least(losses, drawn)
