@@ -170,10 +170,12 @@ def test_generate_writes_one_line_a_sample(home, capsys):
     assert [line["sample"] for line in lines] == [0, 1, 2] * 2
 
 
-@pytest.mark.parametrize("what", ["methods", "scorers", "data", "budgets"])
+@pytest.mark.parametrize("what", ["methods", "attacks", "scorers", "data", "budgets"])
 def test_list(what, capsys):
     assert call("list", what) == 0
-    assert {"methods": "repo", "scorers": "ngram", "data": "builtin", "budgets": "quick"}[what] in capsys.readouterr().out
+    assert {"methods": "repo", "attacks": "gcg", "scorers": "ngram", "data": "builtin", "budgets": "quick"}[
+        what
+    ] in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
@@ -449,7 +451,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments, said):
     ("words", "offered"),
     [
         ("l", ["list"]),
-        ("list ", ["methods", "scorers", "data", "budgets"]),
+        ("list ", ["methods", "attacks", "scorers", "data", "budgets"]),
         ("run --method rep", ["repo"]),
         ("train --pairs b", ["builtin", "builtin-heldout", "builtin-validation", "builtin-pplm"]),
         ("doctor --budget ", ["quick", "full"]),

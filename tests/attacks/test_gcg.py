@@ -13,7 +13,7 @@ from expunge.attacks import AttackData, Budget, cases, gcg
 from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.gcg import GCG, candidates, kept_after_probing, probe_sample, random_strings
-from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
+from expunge.attacks.tokens import Target, allowed_tokens, reference_targets, round_trips
 from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
@@ -126,10 +126,10 @@ def test_a_buffer_starts_from_the_best_of_random_strings(planted, data, tokenize
         assert found.queries == 2 * max(1, buffer)
 
 
-def test_the_string_typed_after_a_prompt_gives_the_loss_that_is_reported(planted, data, tokenizer):
+def test_the_string_typed_after_a_prompt_gives_the_loss_that_is_reported(planted, data, found, tokenizer):
     make, reference = planted
-    victim = make()
-    found = run(planted, data, Budget(steps=3), victim=victim)
+    victim, worse = make(), next(line for line in found.trace if line["loss"] > line["best"])
+    found = run(planted, data, Budget(steps=int(worse["step"])), victim=victim)
     targets, _ = reference_targets(reference, data, 2, 3)
     assert [tokenizer.decode(target.prompt) for target in targets] == PROMPTS[:0:-1], "the two that score highest"
     losses = []
@@ -158,6 +158,21 @@ def test_queries_are_rows_of_the_victim(planted, data, monkeypatch):
     found = run(planted, data, steps=3)
     assert found.queries == sum(rows) and found.trace[-1]["queries"] == found.queries
     assert len(rows) == 1 + 2 * 3 and 2 * 3 * 20 < found.queries <= 2 * (1 + 3 * 49)
+
+
+def test_what_cannot_be_typed_after_every_prompt_is_not_measured(planted, data, tokenizer, monkeypatch):
+    drawn, measured, losses = [], [], TargetLosses.losses
+    monkeypatch.setattr(gcg, "candidates", lambda *how: drawn.append(candidates(*how)) or drawn[-1])
+    monkeypatch.setattr(TargetLosses, "losses", lambda self, s, c: measured.append(s) or losses(self, s, c))
+    run(planted, data, steps=2, top_k=64)
+
+    def typed(strings):
+        prompts = [encode(tokenizer, prompt) for prompt in PROMPTS[1:]]
+        return torch.stack([round_trips(tokenizer, strings, before=prompt) for prompt in prompts]).all(0)
+
+    assert all(typed(strings).all() for strings in measured)
+    assert [typed(strings).sum() for strings in drawn] == [len(strings) for strings in measured[1:]]
+    assert not all(typed(strings).all() for strings in drawn)
 
 
 def test_a_budget_ends_it_early_with_the_best_so_far(planted, data, found):

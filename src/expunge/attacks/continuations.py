@@ -163,7 +163,9 @@ class _TargetLoss:
         """Of the prompt and all of `string` but its last id, which no row has to itself."""
         if self.context is None or len(string) == 1:
             return self.context
-        cache = DynamicCache(self.context)
+        cache = DynamicCache()
+        for layer, known in enumerate(self.context):
+            cache.update(*known, layer)
         _forward(self.model, cache, input_ids=string[None, :-1])
         return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
 
