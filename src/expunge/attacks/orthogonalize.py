@@ -50,7 +50,7 @@ class Orthogonalize(Attack):
     paper: ClassVar[str] = "An Adversarial Perspective on Machine Unlearning for AI Safety (Łucki et al. 2025)"
     needs: ClassVar[tuple[str, ...]] = ("reference", "forget", "validation", "neutral")
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
-        "small": {"layers": ["search"]},
+        "small": {"layers": ["search"], "samples": [250]},
         "paper": {"layers": ["all"]},
         "large": {
             "layers": ["all", "search"],

@@ -168,7 +168,7 @@ class RelearnBenign(Relearn):
     needs: ClassVar[tuple[str, ...]] = ("neutral",)
     part: ClassVar[Literal["forget", "retain", "neutral"]] = "neutral"
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
-        "small": {"samples": [100], "learning_rate": RATES, "seed": DRAWS},
+        "small": {"samples": [50], "learning_rate": RATES, "seed": DRAWS},
         "paper": {"samples": [10, 100], "learning_rate": RATES, "seed": DRAWS},
         "large": {"samples": [10, 50, 100, 200, 400], "learning_rate": RATES, "seed": DRAWS},
     }
