@@ -26,7 +26,7 @@ from expunge.attacks.tokens import Target
 from expunge.models import body, head_logits, in_batches, inner_model
 
 Loss = Literal["cross_entropy", "mellowmax"]
-LOGITS = 2**23
+LOGITS = 2**22
 """Values of the head's output at once."""
 EMBEDDINGS = 2**13
 """Rows of the embedding at once."""
