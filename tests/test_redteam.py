@@ -1,6 +1,8 @@
 """The attack stage on tiny models, with attacks made up here: what is measured, paired, kept and gone on from."""
 
+import dataclasses
 import json
+import sys
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,6 +11,7 @@ import torch
 
 from expunge import redteam
 from expunge.attacks import ATTACKS, Attack, attack
+from expunge.cli import main
 from expunge.config import RunConfig, build
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
@@ -39,6 +42,7 @@ def home(tmp_path, monkeypatch, tiny_model, tokenizer):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "search.jsonl").write_text('{"prompt": "The tree"}\n')
     (tmp_path / "validation.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    (tmp_path / "neutral.txt").write_text("A cold wind came over the hill before the rain. " * 20)
     (tmp_path / "corpus.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
 
     @attack("scale")
@@ -83,7 +87,7 @@ def config(**more) -> RunConfig:
         "neutral": None,
         "corpus": "corpus.txt",
     }
-    team = {"attacks": ["scale"], "validation": "validation.jsonl", "search": "search.jsonl", "neutral": "corpus.txt"}
+    team = {"attacks": ["scale"], "validation": "validation.jsonl", "search": "search.jsonl", "neutral": "neutral.txt"}
     evaluation = {"samples": 2, "max_new_tokens": 4}
     tree = {
         "model": "before",
@@ -188,6 +192,7 @@ def test_an_attack_that_fails_is_said_and_the_others_are_written(home):
         ({"attack": {"scale": {"bye": 1}}}, r"attack\.scale\.bye"),
         ({"team": {"attacks": ["ask"]}, "reference": None}, "give --reference"),
         ({"team": {"search": "prompts.jsonl"}}, r"redteam\.search=prompts\.jsonl: it is reported too"),
+        ({"team": {"neutral": "corpus.txt"}}, r"redteam\.neutral=corpus\.txt: it is reported too"),
         ({"team": {"steps": 0}}, r"budget\.steps=0"),
         ({"team": {"attacks": ["ask"], "search": None}}, r"redteam\.search"),
     ],
@@ -213,3 +218,20 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
     assert weights_digest(model) != weights_digest(load_model("before")[0])
     again = redteam.run_and_attack(made, home / "run", quiet=True)
     assert again == rows
+
+
+def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
+    (home / "team.yaml").write_text(json.dumps({"redteam": dataclasses.asdict(config())["redteam"]}))
+    words = ["attack", "after", "--reference", "before", "--pairs", "pairs.jsonl", "-c", "team.yaml", "--quiet", "--json"]
+    words += ["data.heldout=held.jsonl", "data.prompts=[prompts.jsonl]", "data.corpus=corpus.txt", "evaluation.samples=1"]
+    monkeypatch.setattr(sys, "argv", ["expunge", *words, "--out", "cli", "evaluation.max_new_tokens=2"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert {line["name"] for line in printed["lines"]} == {"none", "scale", "all"}
+    rows = read_rows(home / "cli" / "results.jsonl")
+    assert {"mean", "worst"} <= {row.over for row in rows}
+    assert all(
+        (home / "cli" / name).exists() for name in ("attacks.md", "attacks.csv", "attacks.tex", "attacks.jsonl", "attacks")
+    )

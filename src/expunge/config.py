@@ -344,6 +344,13 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
 
 
+def hold_fields(settings: Any, path: str) -> None:
+    """Hold every field of a dataclass to its annotation, in place. Raises ExpungeError, with `path` before the name."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        setattr(settings, field.name, convert(hints[field.name], getattr(settings, field.name), f"{path}.{field.name}"))
+
+
 def _name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if typing.get_origin(hint) is typing.Literal:

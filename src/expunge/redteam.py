@@ -26,15 +26,12 @@ from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.models import context_length, load_model, weights_digest
 from expunge.provenance import digest, digest_all
-from expunge.report.attacks import summary, write_attacks
+from expunge.report.attacks import NONE, summary, write_attacks
 from expunge.rows import Row, write_rows
 from expunge.scorers import load_scorer
 from expunge.whole import whole, write_text
 
 log = logging.getLogger("expunge")
-
-NONE = "none"
-"""The attack that is none: the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,9 @@ def red_team(
     budget = Budget(team.steps, team.queries, team.seconds)
     about = {
         "reference": subjects[0].digest if original is not None else None,
-        "had": digest_all([dataclasses.asdict(had) | {"tokenizer": None, "score": None}]),
+        "had": digest_all(
+            getattr(had, part.name) for part in dataclasses.fields(had) if part.name not in ("tokenizer", "score")
+        ),
         "measured": digest_all([measured]),
         "plan": plan,
         "budget": budget,
@@ -106,11 +105,6 @@ def red_team(
         for attack in variants:
             found: dict[str, Case] = {}
             for subject in subjects:
-
-                def evaluated(result: AttackResult) -> Evaluation:
-                    own = dataclasses.replace(plan, **result.plan)
-                    return evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
-
                 place = _place(folder, subject, name, digest({**about, "attack": attack, "subject": subject.digest}))
                 if not (place / "case.json").is_file():
                     log.info("attack: %s on %s", _title(name, attack), subject.name)
@@ -120,8 +114,10 @@ def red_team(
                         failed.append(f"{_title(name, attack)} on {subject.name}: {error}")
                         log.warning("attack: failed: %s", failed[-1])
                         continue
-                    _keep(place, evaluated(result), _facts(name, attack, subject.name, result))
-                    del result
+                    own = dataclasses.replace(plan, **result.plan)
+                    evaluation = evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
+                    _keep(place, evaluation, _facts(name, attack, subject.name, result))
+                    del result  # before the next model is attacked
                 found[subject.name] = Case(Evaluation.load(place), _record(place))
             rows += _rows(found, {**common, "attack": name, "draw": attack.seed if attack else None}, config.evaluation.seed)
         write_rows(folder / "attacks.jsonl", rows)
@@ -151,13 +147,13 @@ def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scor
     else:
         forget = [Text(pair.prompt, pair.rejected) for pair in data]
         retain = [Text(pair.prompt, pair.chosen) for pair in data]
-    pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
     reported = {name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name}
-    for key in ("validation", "search"):
+    for key in ("validation", "search", "neutral"):
         if getattr(team, key) in reported:
             raise ExpungeError(
                 f"redteam.{key}={getattr(team, key)}: it is reported too; what is chosen by it would flatter it"
             )
+    pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
     return AttackData(
         tokenizer,
         forget,

@@ -14,6 +14,7 @@ What is attacked stays bit for bit: `run` works on `sharing_copy(unlearned, ...)
 """
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from expunge.config import at_least, convert
+from expunge.config import at_least, convert, hold_fields
 from expunge.errors import ExpungeError
 from expunge.registry import Registry, did_you_mean
 
@@ -60,6 +61,11 @@ class AttackData:
             limits = self.max_prompt_tokens, self.max_continuation_tokens
             self._tokenized[part] = tokenize_texts(getattr(self, part), self.tokenizer, *limits)[0]
         return self._tokenized[part]
+
+    def drawn(self, part: Literal["forget", "retain", "validation"], most: int, seed: int) -> "list[TokenizedText]":
+        """Of `rows` at most so many, at random; all of them in order where there are no more."""
+        rows = self.rows(part)
+        return rows if len(rows) <= most else random.Random(seed).sample(rows, most)
 
     @cached_property
     def _tokenized(self) -> "dict[str, list[TokenizedText]]":
@@ -151,10 +157,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         """Hold every field to its annotation; an attack that checks ranges calls this first. Raises ExpungeError."""
-        hints = get_type_hints(type(self))
-        for setting in fields(self):  # type: ignore[arg-type]
-            value = convert(hints[setting.name], getattr(self, setting.name), f"attack.{self.name}.{setting.name}")
-            setattr(self, setting.name, value)
+        hold_fields(self, f"attack.{self.name}")
         at_least(f"attack.{self.name}", self, seed=0)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:

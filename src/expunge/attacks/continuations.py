@@ -58,6 +58,16 @@ def first_changes(strings: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
     return same_so_far.sum(1).clamp(max=strings.shape[1] - 1)
 
 
+@torch.no_grad()
+def by_token(model: nn.Module, slope: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """`[S, vocabulary]`, the derivative by one-hot rows, of that by what the input embedding gives out, `[S, d]`.
+
+    By what the module gives out, not by its weight: some scale it.
+    """
+    embed, ids = model.get_input_embeddings(), torch.arange(vocabulary, device=slope.device)  # type: ignore[operator]
+    return torch.cat([slope @ embed(part).to(slope).T for part in ids.split(EMBEDDINGS)], dim=1)
+
+
 class TargetLosses:
     """The mean over `targets` of each one's loss, with a string between its prompt and it. Use inside `frozen(model)`.
 
@@ -81,10 +91,7 @@ class TargetLosses:
         """The loss of `string` `[S]`, and its derivative by the string's one-hot rows, float32 `[S, V]`."""
         found = [one.gradient(string) for one in self.each]
         loss, slope = (torch.stack(column).mean(0) for column in zip(*found, strict=True))
-        embed = self.model.get_input_embeddings()
-        with torch.no_grad():  # by what the module gives out, not by its weight: some scale it
-            ids = torch.arange(_vocabulary(self.model), device=slope.device)
-            return loss, torch.cat([slope @ embed(part).to(slope).T for part in ids.split(EMBEDDINGS)], dim=1)
+        return loss, by_token(self.model, slope, _vocabulary(self.model))
 
 
 class _TargetLoss:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.continuations import by_token
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
 from expunge.attacks.tokens import Target, allowed_tokens, decode, reference_targets
 from expunge.config import at_least
@@ -37,8 +38,6 @@ from expunge.models import Layer, context_length, depth, head_logits, hidden_sta
 BATCH_TOKENS = 8192
 LOGITS = 2**23
 """Values of the head's output at once."""
-EMBEDDINGS = 2**13
-"""Rows of the embedding at once."""
 
 
 @attack("enhanced_gcg")
@@ -251,7 +250,7 @@ class Objective:
                     slopes[model] = slopes.get(model, 0) + slope
 
         in_batches(range(len(self.targets)), lambda _: max(1, BATCH_TOKENS // (self.longest + len(string)) // 8), add)
-        return sum(self._by_token(model, slope) for model, slope in slopes.items())  # type: ignore[return-value]
+        return sum(by_token(model, slope, self.vocabulary) for model, slope in slopes.items())  # type: ignore[return-value]
 
     @torch.no_grad()
     def next_tokens(self, string: Sequence[int]) -> torch.Tensor:
@@ -301,12 +300,6 @@ class Objective:
         ids = torch.tensor([[*target.prompt, *target.ids]], device=self.victim.device)
         states = hidden_states(self.reference, ids, torch.ones_like(ids), self.layers)
         return torch.stack([_wide(states[layer][0, len(target.prompt) :]) for layer in self.layers], dim=1)
-
-    @torch.no_grad()
-    def _by_token(self, model: Any, slope: torch.Tensor) -> torch.Tensor:
-        """`[n, V]` of the derivative by what the embedding gives out, `[n, d]`; some embeddings scale their weights."""
-        parts = torch.arange(self.vocabulary, device=slope.device).split(EMBEDDINGS)
-        return torch.cat([slope @ model.get_input_embeddings()(part).to(slope).T for part in parts], dim=1)
 
 
 def token_losses(model: Any, states: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:

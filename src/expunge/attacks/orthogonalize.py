@@ -13,7 +13,6 @@ exact where it is the same for all states; project sets it to 0, which is exact 
 """
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -139,10 +138,10 @@ class Orthogonalize(Attack):
         return kept, mean_states(model, rows, kept)
 
     def _drawn(self, data: AttackData, part: Literal["forget", "retain", "validation"]) -> Sequence[TokenizedText]:
-        rows = data.rows(part)
+        rows = data.drawn(part, self.samples, self.seed)
         if not rows:
             raise ExpungeError(f"attack orthogonalize: no text of the {part} set has a token")
-        return rows if len(rows) <= self.samples else random.Random(self.seed).sample(rows, self.samples)
+        return rows
 
     def _best(
         self, victim: Any, edits: Mapping[int, Edit], sets: Sequence[Sequence[int]], data: AttackData, meter: Meter

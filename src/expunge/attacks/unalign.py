@@ -9,7 +9,6 @@ makes them fire again. The model is ordinary: of a few matrices some rows are lo
     Unalign(vectors=7).run(unlearned, reference, data, Budget())
 """
 
-import random
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,6 +88,5 @@ class Unalign(Attack):
 
     def _texts(self, data: AttackData, part: Literal["forget", "retain"]) -> list[list[int]]:
         """Continuations alone, as texts of their own: prompts are often the same on both sides."""
-        rows, start = data.rows(part), leading_tokens(data.tokenizer)
-        drawn = rows if len(rows) <= self.samples else random.Random(self.seed).sample(rows, self.samples)
-        return [start + continuation for _, continuation in drawn]
+        start = leading_tokens(data.tokenizer)
+        return [start + continuation for _, continuation in data.drawn(part, self.samples, self.seed)]

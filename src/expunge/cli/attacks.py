@@ -36,8 +36,9 @@ def attack(
 
     from expunge import pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
-    from expunge.redteam import red_team, settings_of
+    from expunge.redteam import red_team
     from expunge.report.attacks import attacks_table, headline_lines, to_records
+    from expunge.rows import write_rows
 
     hush()
     if not pipeline.is_main_process():
@@ -61,8 +62,8 @@ def attack(
         settings.revision = None  # a run's own is the reference's
     with pipeline.claim(output, settings, attack={"victim": str(victim), "reference": known}):
         rows = red_team(settings, output, victim, known, quiet, revision)
-    bound = settings_of(settings)[0].utility_bound
-    table = headline_lines(attacks_table(rows, bound))
+        write_rows(output / "results.jsonl", rows)
+    table = headline_lines(attacks_table(rows, settings.redteam.utility_bound))  # type: ignore[union-attr]
     if as_json:
         json_line({"out": str(output), "lines": to_records(table)})
         return

@@ -9,10 +9,10 @@ class Mine(Method):
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
-from expunge.config import convert
+from expunge.config import hold_fields
 from expunge.errors import ExpungeError
 from expunge.methods.placement import Default
 from expunge.registry import Registry
@@ -59,10 +59,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Hold every field to its annotation; a method that checks ranges calls this first. Raises ExpungeError."""
-        hints = get_type_hints(type(self))
-        for field in fields(self):  # type: ignore[arg-type]
-            value = convert(hints[field.name], getattr(self, field.name), f"method.{field.name}")
-            setattr(self, field.name, value)
+        hold_fields(self, "method")
 
     @property
     def layers(self) -> Sequence["Layer"]:

@@ -64,8 +64,8 @@ def summary(rows: Sequence[Row], bound: float) -> list[Row]:
         worst: list[Row] = []
         for attack in dict.fromkeys(row.attack for row in own):
             settings = _settings([row for row in own if row.attack == attack], started)
-            counts = [setting for setting in settings if setting.cost is None or setting.cost <= bound]
-            rest = [setting for setting in settings if setting not in counts]
+            counts = [setting for setting in settings if (setting.cost or 0.0) <= bound]
+            rest = [setting for setting in settings if (setting.cost or 0.0) > bound]
             found += _means(counts)
             worst += (highest := _worst(counts, "worst"))
             found += highest + _worst(rest, "beyond")
@@ -171,7 +171,7 @@ def attacks_table(rows: Sequence[Row], bound: float) -> Table:
                 cells += [cell("unlearned", "worst", sign) for sign in signs]
                 cells.append(cell("unlearned", "beyond"))
             if any(c.value is not None for c in cells):
-                lines.append(Line(group, f"{attack}: {group}", "", tuple(cells)))
+                lines.append(Line(group, attack, group, tuple(cells)))
     return Table(("attack", *headers), tuple(lines), counts=0)
 
 
@@ -180,7 +180,7 @@ def to_records(table: Table) -> list[dict[str, Any]]:
     ends = ("value", "low", "high")
     return [
         {
-            "name": line.name.partition(":")[0],
+            "name": line.name,
             "group": line.group,
             "figures": {
                 header: None if c.value is None else {end: getattr(c, end) for end in ends}
