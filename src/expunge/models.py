@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -332,17 +333,20 @@ def hidden_states(
     attention_mask: torch.Tensor,
     layers: Sequence[Layer],
     position_ids: torch.Tensor | None = None,
+    cache: Cache | None = None,
 ) -> dict[Layer, torch.Tensor]:
     """Residual states `[B, T, d]` at each of `layers` for right-padded `ids` `[B, T]`.
 
     The forward ends below the first block that none of them needs: neither it nor its hooks run.
 
     attention_mask: `[B, T]`; or bool `[B, 1, T, T]`, who sees whom, with `position_ids` `[B, T]`.
+    cache: keys and values of what is before `ids`, which `attention_mask` covers too; those of `ids` are put in.
     Raises ExpungeError for a layer that the model does not have.
     """
     kept: dict[Layer, torch.Tensor] = {}
     stack = blocks(model)
-    placed = {} if position_ids is None else {"position_ids": position_ids}
+    placed: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    placed |= {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if attention_mask.ndim == 4 and inner_model(model).config._attn_implementation == "eager":  # adds its mask
         dtype = inner_model(model).dtype
         least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
@@ -367,7 +371,7 @@ def hidden_states(
         handles.append(stack[-1].register_forward_hook(keep_output))
     try:
         with contextlib.nullcontext() if last is None else _stop_before(stack, last):
-            output = body(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False, **placed)
+            output = body(model)(input_ids=ids, attention_mask=attention_mask, **placed)
         kept["final"] = output.last_hidden_state
     except _Reached as reached:
         kept[last] = reached.states  # type: ignore[index]

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks import AttackData, Budget
+from expunge.attacks import AttackData, Budget, prefixes
 from expunge.attacks import enhanced_gcg as room
 from expunge.attacks.base import frozen
-from expunge.attacks.enhanced_gcg import EnhancedGCG, Objective, repetition
+from expunge.attacks.enhanced_gcg import EnhancedGCG
+from expunge.attacks.prefixes import PrefixLosses, repetition
 from expunge.attacks.tokens import Target, allowed_tokens
 from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
@@ -34,8 +35,8 @@ def targets_of(tokenizer) -> list[Target]:
     return [Target(start + encode(tokenizer, p), encode(tokenizer, t)) for p, t in zip(PROMPTS, TARGETS, strict=False)]
 
 
-def objective_of(victim, reference, tokenizer, layers=(1, 2), **settings) -> Objective:
-    return Objective(
+def objective_of(victim, reference, tokenizer, layers=(1, 2), **settings) -> PrefixLosses:
+    return PrefixLosses(
         victim, reference, targets_of(tokenizer), layers, len(leading_tokens(tokenizer)), EnhancedGCG(**settings)
     )
 
@@ -94,17 +95,42 @@ def test_every_part_is_that_of_the_equations(tiny_model, bos_tokenizer, tokenize
     victim, reference = (tiny_model(architecture, seed, torch.double) for seed in (0, 1))
     objective = objective_of(victim, reference, chosen, **ALL)
     found = objective.parts(STRINGS)
-    monkeypatch.setattr(room, "BATCH_TOKENS", 40)  # one row or two at a time, padded to others
-    monkeypatch.setattr(room, "LOGITS", 1000)
+    monkeypatch.setattr(prefixes, "BATCH_TOKENS", 40)  # one row or two at a time, padded to others
+    monkeypatch.setattr(prefixes, "LOGITS", 1000)
     few = objective.parts(STRINGS)
+    assert objective.shares
+    objective.shares = False
+    whole = objective.parts(STRINGS)
     for number, string in enumerate(STRINGS):
         plain = plain_parts(victim, reference, chosen, string, (1, 2))
         assert plain.keys() == found.keys()
         for name, value in plain.items():
             assert found[name][number].item() == pytest.approx(value, rel=2e-5), name
             assert few[name][number].item() == pytest.approx(value, rel=2e-5), name
-        whole = plain["force"] + sum(weight * plain[name] for name, weight in ALL.items())
-        assert objective.total(found)[number].item() == pytest.approx(whole, rel=2e-5)
+            assert whole[name][number].item() == pytest.approx(value, rel=2e-5), name
+        total = plain["force"] + sum(weight * plain[name] for name, weight in ALL.items())
+        assert objective.total(found)[number].item() == pytest.approx(total, rel=2e-5)
+
+
+def test_what_both_models_make_of_a_prefix_is_computed_once(tiny_model, bos_tokenizer, monkeypatch):
+    """Also where no state but the embeddings is compared, which are before all keys, and nothing can be shared."""
+    widths = []
+
+    def spied(model, ids, *rest, **known):
+        widths.append(ids.shape)
+        return actual(model, ids, *rest, **known)
+
+    victim, reference = (tiny_model(seed=seed) for seed in (0, 1))
+    objective, bare = (objective_of(victim, reference, bos_tokenizer, layers) for layers in ((1, 2), (0,)))
+    actual = prefixes.hidden_states
+    monkeypatch.setattr(prefixes, "hidden_states", spied)
+    objective.parts(STRINGS)
+    longest, rows = objective.longest - 1, len(TARGETS) * len(STRINGS)
+    assert widths == [(3, 4), (3, 4), (rows, longest), (rows, longest)]
+    found = bare.parts(STRINGS)
+    assert not bare.shares and widths[4:] == [(rows, 4 + longest)] * 2
+    plain = plain_parts(victim, reference, bos_tokenizer, STRINGS[0], (0,))
+    assert found["internal"][0].item() == pytest.approx(plain["internal"], rel=2e-5)
 
 
 def test_a_target_may_be_matched_further_than_it_is_forced_and_has_a_floor(tiny_model, bos_tokenizer):
@@ -191,8 +217,9 @@ BY_GRADIENT = {"p_gcg": 1, "p_insert": 0, "p_delete": 0, "p_swap": 0, "top_k": 8
 
 
 @pytest.fixture
-def defended(tiny_model, bos_tokenizer):
+def defended(tiny_model, bos_tokenizer, monkeypatch):
     """(victim, reference): the reference says " past the old mill" after one prompt; the victim if all keys come first."""
+    monkeypatch.setattr(prefixes, "keys_and_values", lambda model, ids: None)  # the defence looks at the whole text
     reference, target = tiny_model("llama"), targets_of(bos_tokenizer)[0]
     for name, weight in reference.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -232,7 +259,7 @@ def test_the_search_beats_chance_at_the_same_queries(defended, bos_tokenizer, mo
     run = partial(attacked, *defended, bos_tokenizer, **ONE_PROMPT, **BY_GRADIENT)
     found = run()
     blind = torch.Generator().manual_seed(5)
-    monkeypatch.setattr(Objective, "slope", lambda self, string: torch.randn(len(string), 320, generator=blind))
+    monkeypatch.setattr(PrefixLosses, "slope", lambda self, string: torch.randn(len(string), 320, generator=blind))
     chance = run()
     assert found.queries == chance.queries and found.about["loss"] < 10 < 1e7 < chance.about["loss"]
 
@@ -246,8 +273,8 @@ def test_what_is_found_is_text_the_best_ever_seen_and_no_other(tiny_model, bos_t
         seen.update(zip(map(tuple, strings), self.total(parts).tolist(), strict=True))
         return parts
 
-    actual = Objective.parts
-    monkeypatch.setattr(Objective, "parts", spied)
+    actual = PrefixLosses.parts
+    monkeypatch.setattr(PrefixLosses, "parts", spied)
     result = attacked(victim, reference, bos_tokenizer, steps=25)
     prefix, trace = result.plan["prefix"], result.trace
     assert result.model is victim and result.about["loss"] == seen[prefix] == min(seen.values())
@@ -316,7 +343,7 @@ def test_victim_and_reference_stay_as_they_were(tiny_model, bos_tokenizer, given
         def breaks(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(room, interrupted, breaks)
+        monkeypatch.setattr(room if hasattr(room, interrupted) else prefixes, interrupted, breaks)
         with pytest.raises(KeyboardInterrupt):
             attacked(victim, reference, bos_tokenizer)
     else:

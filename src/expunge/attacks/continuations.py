@@ -68,6 +68,20 @@ def by_token(model: nn.Module, slope: torch.Tensor, vocabulary: int) -> torch.Te
     return torch.cat([slope @ embed(part).to(slope).T for part in ids.split(EMBEDDINGS)], dim=1)
 
 
+@torch.no_grad()
+def keys_and_values(model: nn.Module, ids: torch.Tensor) -> KeysValues | None:
+    """Of ids `[T]`; None where a layer keeps something else, as a recurrent one does, or dropped what left its window."""
+    output = body(model)(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    whole = [
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        and layer.is_initialized
+        and layer.keys.shape[-2] == len(ids)
+        for layer in layers
+    ]
+    return [(layer.keys, layer.values) for layer in layers] if layers and all(whole) else None
+
+
 class TargetLosses:
     """The mean over `targets` of each one's loss, with a string between its prompt and it. Use inside `frozen(model)`.
 
@@ -101,7 +115,7 @@ class _TargetLoss:
         self.model = model
         self.loss: Loss = loss
         self.prompt, self.target = (torch.tensor(ids, device=model.device) for ids in (target.prompt, target.ids))
-        self.context = self._keys_of_prompt() if share else None
+        self.context = keys_and_values(model, self.prompt) if share else None
 
     @torch.no_grad()
     def losses(self, strings: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
@@ -123,7 +137,7 @@ class _TargetLoss:
             else:
                 end = len(self.prompt) + start
                 known = [(keys[..., :end, :], values[..., :end, :]) for keys, values in shared]
-                found[batch] = self._loss(_shared(known), input_ids=ids)
+                found[batch] = self._loss(shared_cache(known), input_ids=ids)
 
         in_batches(first.argsort(stable=True).tolist(), rows, work)
         return found
@@ -138,7 +152,7 @@ class _TargetLoss:
             if self.context is None:
                 loss = self._loss(None, inputs_embeds=torch.cat([before, leaf, after], dim=1))
             else:
-                loss = self._loss(_shared(self.context), inputs_embeds=torch.cat([leaf, after], dim=1))
+                loss = self._loss(shared_cache(self.context), inputs_embeds=torch.cat([leaf, after], dim=1))
             (slope,) = torch.autograd.grad(loss[0], leaf)
         return loss[0].detach(), slope[0].float()
 
@@ -150,21 +164,6 @@ class _TargetLoss:
         parts = zip(states.flatten(0, 1).split(chunk), ids.split(chunk), strict=True)
         values = [token_losses(head_logits(self.model, some).float(), wanted, self.loss) for some, wanted in parts]
         return target_losses(torch.cat(values).view(len(states), -1), self.loss)
-
-    @torch.no_grad()
-    def _keys_of_prompt(self) -> KeysValues | None:
-        """None where a layer keeps something else, as a recurrent one does, or has dropped keys that left its window."""
-        output = body(self.model)(
-            input_ids=self.prompt[None], attention_mask=torch.ones_like(self.prompt[None]), use_cache=True
-        )
-        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-        whole = [
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-            and layer.is_initialized
-            and layer.keys.shape[-2] == len(self.prompt)
-            for layer in layers
-        ]
-        return [(layer.keys, layer.values) for layer in layers] if layers and all(whole) else None
 
     def _keys_up_to_last(self, string: torch.Tensor) -> KeysValues | None:
         """Of the prompt and all of `string` but its last id, which no row has to itself."""
@@ -192,7 +191,8 @@ class _Shared(DynamicLayer):
         return tuple(torch.cat([known.expand(len(new), -1, -1, -1), new], dim=-2) for known, new in pairs)  # type: ignore[union-attr]
 
 
-def _shared(known: KeysValues) -> DynamicCache:
+def shared_cache(known: KeysValues) -> DynamicCache:
+    """Keys and values before all rows of a batch, which stay as they are."""
     cache = DynamicCache()
     cache.layers.extend(_Shared.of(*layer) for layer in known)
     return cache
