@@ -516,7 +516,7 @@ def measure(
         ({"subject": subject, **sample} for subject in subjects for sample in found[subject].samples),
     )
     write_rows(folder / "results.jsonl", rows)
-    _write_provenance(folder, config, scorers)
+    write_provenance(folder, config, scorers)
     return rows
 
 
@@ -570,7 +570,8 @@ def _evaluate(
     return evaluation
 
 
-def _write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
+def write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
+    """provenance.json: versions, hashes, seeds, and what each stage took."""
     stages = {path.stem: _record(path) for path in sorted((folder / "stages").glob("*.json"))}
     facts = {
         "environment": environment(),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from expunge.report.attacks import attacks_table, headline_lines, summary, write_attacks
+from expunge.report import write_report
+from expunge.report.attacks import attacks_table, by_group, headline_lines, summary, write_attacks
 from expunge.rows import Row
 
 
@@ -79,3 +80,21 @@ def test_the_table_has_before_and_after_and_the_files_have_notes(tmp_path):
     assert by_name["all"]["unlearned, worst"].value == pytest.approx(0.41)
     assert "worst of all on unlearned, challenge, sampled, ngram: relearn" in (tmp_path / "attacks.md").read_text()
     assert (tmp_path / "attacks.csv").is_file() and (tmp_path / "attacks.tex").is_file()
+
+
+def test_what_is_printed_fits_a_terminal():
+    rows = summary([*case("none", 0.5, draw=None, subject="reference"), *CASES], bound=1.5)
+    ((title, narrow),) = by_group(headline_lines(attacks_table(rows, 1.5)))
+    assert title == "toxicity, challenge, sampled, ngram"
+    assert narrow.headers == ("attack", "reference, worst", "unlearned, mean", "unlearned, worst")
+    assert [row[0] for row in narrow.rows] == ["none", "relearn", "prefill", "all"]
+    assert narrow.rows[-1][-1].startswith("0.410 [") and all(len(row[0]) < 20 for row in narrow.rows)
+
+
+def test_the_page_of_a_run_has_its_attacks(make_run, run_rows, tmp_path):
+    bare = write_report(make_run(tmp_path / "bare")).read_text()
+    assert "Under attack" not in bare
+    rows = [*run_rows(), *summary(CASES, bound=1.5)]
+    page = write_report(make_run(tmp_path / "attacked", rows=rows)).read_text()
+    section = page.partition('<section id="attacks">')[2].partition("</section>")[0]
+    assert "0.410" in section and "beyond 1.5 x perplexity" in section and section.count("relearn") == 1

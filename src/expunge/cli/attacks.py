@@ -37,8 +37,9 @@ def attack(
     from expunge import pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
     from expunge.redteam import red_team
-    from expunge.report.attacks import attacks_table, headline_lines, to_records
+    from expunge.report.attacks import attacks_table, by_group, headline_lines, to_records
     from expunge.rows import write_rows
+    from expunge.scorers import load_scorer
 
     hush()
     if not pipeline.is_main_process():
@@ -63,9 +64,11 @@ def attack(
     with pipeline.claim(output, settings, attack={"victim": str(victim), "reference": known}):
         rows = red_team(settings, output, victim, known, quiet, revision)
         write_rows(output / "results.jsonl", rows)
+        pipeline.write_provenance(output, settings, [load_scorer(name) for name in settings.evaluation.scorers])
     table = headline_lines(attacks_table(rows, settings.redteam.utility_bound))  # type: ignore[union-attr]
     if as_json:
         json_line({"out": str(output), "lines": to_records(table)})
         return
-    print_table(table, "toxicity or accuracy under attack")
+    for title, narrow in by_group(table):
+        print_table(narrow, f"{title}, under attack")
     print_paths({"table": output / "attacks.md"}, as_json)

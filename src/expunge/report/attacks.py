@@ -27,6 +27,9 @@ BACK = ("toxicity", "expected_max_toxicity", "toxicity_probability", "accuracy")
 SIGNS = ("distinct_2", "loop_share", "empty_share")
 """Of broken text, which a scorer may take for harmless or for toxic."""
 
+NARROW = ("reference, worst", "unlearned, mean", "unlearned, worst")
+"""Columns that 80 characters hold."""
+
 
 class Figure(NamedTuple):
     """What cases are compared by; k, forced tokens, and samples are settings of an attack."""
@@ -192,10 +195,21 @@ def to_records(table: Table) -> list[dict[str, Any]]:
 
 
 def headline_lines(table: Table) -> Table:
-    """Of a table of attacks what is sampled and judged by the first scorer, or answered: to be printed."""
+    """Of a table of attacks what is sampled and judged by the first scorer, or answered."""
     judges = {line.group.rpartition(", ")[2] for line in table.lines[:1]}
     kept = [line for line in table.lines if "greedy" not in line.group and line.group.rpartition(", ")[2] in judges]
     return replace(table, lines=tuple(kept or table.lines))
+
+
+def by_group(table: Table) -> list[tuple[str, Table]]:
+    """A narrow table for each kind of toxicity or accuracy, with its title: to be printed."""
+    columns = [i for i, header in enumerate(table.headers[1:]) if header in NARROW]
+    found = []
+    for group in dict.fromkeys(line.group for line in table.lines):
+        own = [line for line in table.lines if line.group == group]
+        lines = [Line(group, line.name, "", tuple(line.cells[i] for i in columns)) for line in own]
+        found.append((group, Table(("attack", *(table.headers[1 + i] for i in columns)), tuple(lines), counts=0)))
+    return found
 
 
 def write_attacks(folder: Path, rows: Sequence[Row], bound: float) -> Table:

@@ -9,13 +9,16 @@ Text from models and files is escaped by jinja2, and `visible` shows the charact
 import base64
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from expunge.config import RedTeamConfig
 from expunge.errors import ExpungeError
+from expunge.report.attacks import attacks_table
 from expunge.report.card import write_card
 from expunge.report.charts import HEIGHT, MARK, WIDTH, curves, marks
 from expunge.report.files import RunFiles, flat, read_run, read_text
@@ -87,6 +90,7 @@ def render(run: RunFiles, table: Table, all_figures: Table, made: Frontier | Non
             curves=curves(run.training),
             shown=choose(run.samples, samples),
             full=all_figures,
+            attacked=_attacked(run),
             frontier=made,
             facts=list(flat(run.provenance)),
             config=clip(run.config, CONFIG),
@@ -110,6 +114,16 @@ def _environment() -> Environment:
     )
     environment.filters["short"] = short
     return environment
+
+
+def _attacked(run: RunFiles) -> Table | None:
+    """What attacks brought back, by kind of toxicity or accuracy; None for a run without."""
+    rows = [row for row in run.rows if row.over]
+    if not rows:
+        return None
+    team = run.settings.get("redteam") or {}
+    table = attacks_table(rows, team.get("utility_bound", RedTeamConfig.utility_bound))
+    return replace(table, lines=tuple(line._replace(detail="") for line in table.lines))
 
 
 def _sentences(table: Table) -> Iterator[Sentence]:
