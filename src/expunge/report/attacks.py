@@ -161,7 +161,7 @@ def attacks_table(rows: Sequence[Row], bound: float) -> Table:
     lines = []
     for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in ("toxicity", "accuracy")):
         group = ", ".join(filter(None, (figure.metric, figure.dataset, figure.decode, figure.scorer)))
-        for attack in dict.fromkeys(row.attack or "" for row in rows):
+        for attack in sorted(dict.fromkeys(row.attack or "" for row in rows), key=lambda name: name == ALL):
 
             def cell(subject: str, over: str, which: Figure = figure, attack: str = attack) -> Cell:
                 row = index.get((which, attack, subject, over))
