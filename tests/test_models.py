@@ -239,3 +239,10 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, tiny_model):
     tiny_model().save_pretrained(tmp_path / "bare")
     with pytest.raises(ExpungeError, match="bare: there is a model but no tokenizer"):
         load_model(tmp_path / "bare")
+
+
+def test_a_model_whose_body_has_another_name_is_one_line(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "base_model_prefix", "language_model")  # as Llama 4's text model
+    with pytest.raises(ExpungeError, match="LlamaForCausalLM is not supported: it has no 'language_model'"):
+        body(model)

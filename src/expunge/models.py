@@ -273,9 +273,14 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The decoder without its head: input ids to the final hidden states."""
+    """The decoder without its head: input ids to the final hidden states. Raises ExpungeError where it is not found."""
     inner = inner_model(model)
-    return getattr(inner, inner.base_model_prefix)
+    found = getattr(inner, inner.base_model_prefix, None)
+    if found is None:
+        raise ExpungeError(
+            f"{type(inner).__name__} is not supported: it has no {inner.base_model_prefix!r}, as its body is called"
+        )
+    return found
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
