@@ -7,8 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from expunge import probes
 from expunge.errors import ExpungeError
-from expunge.probes import fit_probe, pooled_states
+from expunge.probes import fit_probe, pooled_states, pooled_states_at
 
 ROWS = [[5, 17, 9, 30], [8], [40, 3, 7, 60, 2, 2], [12, 13]]
 
@@ -33,6 +34,18 @@ def test_pooled_states_equal_one_text_at_a_time(tiny_model, layer, pool):
     states = [hidden[-1 if layer == "final" else layer][0] for hidden in output]
     wanted = torch.stack([s.mean(0) if pool == "mean" else s[-1] for s in states])
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_states_at_several_layers_take_one_forward_of_each_row(tiny_model, monkeypatch):
+    model, forwards = tiny_model(), []
+    each = {layer: pooled_states(model, ROWS, layer, "last") for layer in (0, 2, "final")}
+    monkeypatch.setattr(probes, "BATCH_TOKENS", 1)  # a row at a time
+    handle = model.transformer.register_forward_pre_hook(lambda *args: forwards.append(1))
+    found = pooled_states_at(model, ROWS, [0, 2, "final"], "last")
+    handle.remove()
+    assert list(found) == [0, 2, "final"] and len(forwards) == len(ROWS)
+    for layer, states in found.items():
+        torch.testing.assert_close(states, each[layer], atol=1e-5, rtol=1e-5)
 
 
 def test_the_probe_in_raw_space_decides_as_scikit_learn_does():

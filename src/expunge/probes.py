@@ -54,11 +54,22 @@ def pooled_states(
 
     Raises ExpungeError for an empty row.
     """
+    return pooled_states_at(model, rows, [layer], pool, progress)[layer]
+
+
+def pooled_states_at(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[Layer],
+    pool: Literal["mean", "last"] = "mean",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Layer, torch.Tensor]:
+    """`pooled_states` of several layers, in one forward of each row."""
     if not all(rows):
         raise ExpungeError("a text without tokens has no states; leave it out")
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in layers}
 
     def work(batch: Sequence[int]) -> None:
         lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
@@ -67,16 +78,21 @@ def pooled_states(
             ids[place, : len(rows[i])] = torch.tensor(rows[i])
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, T]
         with torch.inference_mode():
-            states = hidden_states(model, ids, mask.long(), (layer,))[layer].float()  # [B, T, d]
-        mask, lengths = mask.to(states.device), lengths.to(states.device)
-        if pool == "last":
-            pooled = states[torch.arange(len(batch)), lengths - 1]
-        else:
-            pooled = (states * mask[..., None]).sum(1) / lengths[:, None]
-        found.update(zip(batch, pooled.cpu(), strict=True))
+            states = hidden_states(model, ids, mask.long(), layers)
+            for layer in found:
+                found[layer].append(_pooled(states[layer].float(), mask, pool).cpu())
 
     in_batches(order, lambda i: BATCH_TOKENS // len(rows[i]), work, progress)
-    return torch.stack([found[i] for i in range(len(rows))])
+    back = torch.tensor(order).argsort()
+    return {layer: torch.cat(parts)[back] for layer, parts in found.items()}
+
+
+def _pooled(states: torch.Tensor, mask: torch.Tensor, pool: Literal["mean", "last"]) -> torch.Tensor:
+    """`[B, d]` of states `[B, T, d]`, by the real tokens, bool `[B, T]`."""
+    mask = mask.to(states.device)
+    if pool == "last":
+        return states[torch.arange(len(states)), mask.sum(1) - 1]
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds: int = 5, seed: int = 0) -> Probe:

@@ -24,7 +24,7 @@ from expunge.methods.base import Material, method
 from expunge.methods.learned import LearnedAlpha
 from expunge.methods.placement import Default, dispersed
 from expunge.methods.steered import AtBlocks
-from expunge.probes import fit_probe, pooled_states
+from expunge.probes import fit_probe, pooled_states_at
 
 if TYPE_CHECKING:
     from expunge.engine import Step
@@ -67,8 +67,9 @@ class ProbeDirections(LearnedAlpha, AtBlocks):
         if not material.labelled:
             raise ExpungeError("probe_directions fits probes on labelled texts: give data.probe")
         rows, labels = [ids for ids, _ in material.labelled], [int(bad) for _, bad in material.labelled]
+        states = pooled_states_at(material.model, rows, self.layers, self.pool)
         for place, layer in enumerate(self.layers):
-            probe = fit_probe(pooled_states(material.model, rows, layer, self.pool), labels)
+            probe = fit_probe(states[layer], labels)
             weight = F.normalize(probe.weight, dim=0) if self.directions == "unit" else probe.weight
             heads["probes"].directions[place] = weight  # type: ignore[index, operator]
             heads["probes"].auc[place] = probe.auc  # type: ignore[index, operator]
