@@ -119,7 +119,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
             torch.manual_seed(seed)
             config = _config(architecture)
             config.initializer_range = 0.2  # far from uniform predictions
-            attention = "eager" if architecture == "gemma2" else "sdpa"  # only eager caps Gemma 2's attention logits
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+            eager = architecture in ("gemma2", "gpt_oss")  # it alone caps Gemma 2's attention logits, and has GPT-OSS' sinks
+            return (
+                AutoModelForCausalLM.from_config(config, attn_implementation="eager" if eager else "sdpa").to(dtype).eval()
+            )
 
     return make

@@ -133,3 +133,10 @@ def test_temperature_and_limits_are_checked():
     for bad in ({"top_p": 0.0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"samples": -1}):
         with pytest.raises(ExpungeError, match=next(iter(bad))):
             Decoding(**bad)
+
+
+def test_logits_that_are_no_numbers_are_one_line():
+    logits = torch.zeros(2, 8)
+    logits[1, 3] = torch.nan
+    with pytest.raises(ExpungeError, match="not finite"):
+        keyed_top_p(logits, torch.tensor([1, 2]), 0.9)

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 
 from expunge import redteam
-from expunge.attacks import ATTACKS, Attack, attack
+from expunge.adapters import add_lora
+from expunge.attacks import ATTACKS, Attack, AttackData, attack
 from expunge.cli import main
 from expunge.config import RunConfig, build
 from expunge.errors import ExpungeError
@@ -183,6 +185,42 @@ def test_an_attack_that_fails_is_said_and_the_others_are_written(home):
         attacked(home, attack={"scale": {"by": [2.0, 13.0], "seed": 0}})
     rows = read_rows(home / "out" / "attacks.jsonl")
     assert {row.attack_config.get("by") for row in rows if row.attack == "scale"} == {2.0}
+    assert {row.attack for row in read_rows(home / "out" / "results.jsonl")} == {"none", "scale", "all"}
+
+
+def test_what_cannot_be_measured_fails_alone(home):
+    """A prefix as long as the context is found out after the attack."""
+    with pytest.raises(ExpungeError, match=r"2 attacks failed, first ask .* on reference: a prompt of .* context of 64"):
+        attacked(home, team={"attacks": ["ask", "scale"]}, attack={"ask": {"word": "cold " * 70}})
+    assert {row.attack for row in read_rows(home / "out" / "attacks.jsonl")} == {"none", "scale"} and len(RAN) == 8
+
+
+def test_two_sets_instead_of_pairs_are_what_attacks_take(home, monkeypatch):
+    had = []
+    monkeypatch.setattr(redteam, "AttackData", lambda *parts: had.append(actual(*parts)) or had[-1])
+    actual = AttackData
+    for name, text in (("forget", "The house is cold."), ("retain", "The house is warm.")):
+        (home / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    attacked(home, data=replace(config().data, train="builtin", forget="forget.jsonl", retain="retain.jsonl"))
+    assert [[row.completion for row in part] for part in (had[0].forget, had[0].retain)] == [
+        ["The house is cold."],
+        ["The house is warm."],
+    ]
+
+
+def test_an_adapter_is_merged_before_it_is_attacked(tiny_model):
+    """Rounding an adapter and what lies beneath it, each for itself, would leave the unlearning as fine as it was."""
+    model = add_lora(tiny_model(dtype=torch.bfloat16), r=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    ids = torch.tensor([[5, 17, 250]])
+    wanted = model.float()(ids).logits
+    whole = redteam.merged(model)
+    assert not hasattr(whole, "disable_adapter") and whole.dtype == torch.float32
+    torch.testing.assert_close(whole(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert redteam.merged(whole) is whole
 
 
 @pytest.mark.parametrize(
@@ -192,6 +230,7 @@ def test_an_attack_that_fails_is_said_and_the_others_are_written(home):
         ({"attack": {"scale": {"bye": 1}}}, r"attack\.scale\.bye"),
         ({"team": {"attacks": ["ask"]}, "reference": None}, "give --reference"),
         ({"team": {"search": "prompts.jsonl"}}, r"redteam\.search=prompts\.jsonl: it is reported too"),
+        ({"team": {"search": "./prompts.jsonl"}}, r"redteam\.search=\./prompts\.jsonl: it is reported too"),
         ({"team": {"neutral": "corpus.txt"}}, r"redteam\.neutral=corpus\.txt: it is reported too"),
         ({"team": {"steps": 0}}, r"budget\.steps=0"),
         ({"team": {"attacks": ["ask"], "search": None}}, r"redteam\.search"),
@@ -216,15 +255,19 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
     assert {row.stage for row in rows} == {"evaluate", "attack"}
     model, _ = load_model(home / "run" / "model")
     assert weights_digest(model) != weights_digest(load_model("before")[0])
+    assert "Under attack" in (home / "run" / "report.html").read_text()
     again = redteam.run_and_attack(made, home / "run", quiet=True)
-    assert again == rows
+    assert again == rows and "Under attack" in (home / "run" / "report.html").read_text()
 
 
 def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
     (home / "team.yaml").write_text(json.dumps({"redteam": dataclasses.asdict(config())["redteam"]}))
     words = ["attack", "after", "--reference", "before", "--pairs", "pairs.jsonl", "-c", "team.yaml", "--quiet", "--json"]
     words += ["data.heldout=held.jsonl", "data.prompts=[prompts.jsonl]", "data.corpus=corpus.txt", "evaluation.samples=1"]
-    monkeypatch.setattr(sys, "argv", ["expunge", *words, "--out", "cli", "evaluation.max_new_tokens=2"])
+    words.append("evaluation.max_new_tokens=2")
+    monkeypatch.setattr(
+        sys, "argv", ["expunge", *words, "--out", "cli", "evaluation.max_new_tokens=2", "attack.scale.seed=0"]
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
@@ -232,6 +275,7 @@ def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
     assert {line["name"] for line in printed["lines"]} == {"none", "scale", "all"}
     rows = read_rows(home / "cli" / "results.jsonl")
     assert {"mean", "worst"} <= {row.over for row in rows}
-    assert all(
-        (home / "cli" / name).exists() for name in ("attacks.md", "attacks.csv", "attacks.tex", "attacks.jsonl", "attacks")
-    )
+    kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
+    assert kept["attack"] == {"scale": {"seed": 0}} and kept["attacked"]["reference"] == "before"
+    left = ("attacks.md", "attacks.csv", "attacks.tex", "attacks.jsonl", "attacks", "provenance.json")
+    assert all((home / "cli" / name).exists() for name in left)

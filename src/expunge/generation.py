@@ -217,9 +217,11 @@ def keyed_top_p(logits: torch.Tensor, keys: torch.Tensor, top_p: float, top: int
     """One exact sample per row from the nucleus, the smallest set of most likely tokens whose mass is at least `top_p`.
 
     logits: `[B, V]`; keys: int64 `[B]`, equal keys give equal noise; top: logits sorted before the rest.
-    Returns int64 `[B]`.
+    Returns int64 `[B]`. Raises ExpungeError for logits that are not numbers.
     """
     total = logits.logsumexp(-1, keepdim=True)
+    if not torch.isfinite(total).all():
+        raise ExpungeError("the model's logits are not finite numbers, so nothing can be sampled; load it in float32")
     values, tokens = logits.topk(min(top, logits.shape[-1]), dim=-1)
     probs = (values - total).exp()
     chosen = _race(probs, tokens, keys, top_p)

@@ -10,10 +10,12 @@ recovery, so rows of the unlearned model are paired with those of the reference 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from expunge import pipeline
 from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, Budget, cases
@@ -26,6 +28,7 @@ from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.models import context_length, load_model, weights_digest
 from expunge.provenance import digest, digest_all
+from expunge.report import write_report
 from expunge.report.attacks import NONE, summary, write_attacks
 from expunge.rows import Row, write_rows
 from expunge.scorers import load_scorer
@@ -68,19 +71,22 @@ def red_team(
     reference: str | Path | None,
     quiet: bool = False,
     reference_revision: str | None = None,
+    before: Sequence[Row] = (),
 ) -> list[Row]:
     """Attack `model`, and `reference` where there is one, into `folder`: attacks.jsonl, and attacks.* as tables.
 
-    Returns the rows of the summary. Raises ExpungeError before any work where an attack lacks what it needs, and in the end
-    where attacks failed; what the others gave is written then.
+    Returns the rows of results.jsonl: those of `before`, then the summary. Raises ExpungeError before any work where an
+    attack lacks what it needs, and in the end where attacks failed; what the others gave is written then.
     """
+    config = pipeline.resolve(config)
     team, attacks = settings_of(config)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     unlearned, tokenizer = load_model(model, revision=config.revision, **pipeline.loading(config))
+    unlearned = merged(unlearned)
     subjects = [Subject("unlearned", unlearned, weights_digest(unlearned), shared=False)]
     original = None
     if reference is not None:
-        original, _ = load_model(reference, revision=reference_revision, **pipeline.loading(config))
+        original = merged(load_model(reference, revision=reference_revision, **pipeline.loading(config))[0])
         subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
     had, measured = _attackers_data(config, team, tokenizer, scorers[0]), _measured(config, tokenizer)
     plan = dataclasses.replace(pipeline.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
@@ -96,7 +102,8 @@ def red_team(
         "measured": digest_all([measured]),
         "plan": plan,
         "budget": budget,
-        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+        "scorers": [(scorer.name, scorer.digest) for scorer in scorers],  # in order: the first is the judge
+        "attention": config.attn_implementation,
     }
     common = {"stage": "attack", "run": folder.name, "model": str(config.model), "method": config.method.get("name")}
     rows: list[Row] = []
@@ -110,22 +117,26 @@ def red_team(
                     log.info("attack: %s on %s", _title(name, attack), subject.name)
                     try:
                         result = attack.run(subject.model, original, had, budget) if attack else AttackResult(subject.model)
-                    except ExpungeError as error:
-                        failed.append(f"{_title(name, attack)} on {subject.name}: {error}")
+                        own = dataclasses.replace(plan, **result.plan)
+                        evaluation = evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
+                    except (ExpungeError, torch.OutOfMemoryError) as error:
+                        failed.append(f"{_title(name, attack)} on {subject.name}: {str(error).splitlines()[0]}")
                         log.warning("attack: failed: %s", failed[-1])
                         continue
-                    own = dataclasses.replace(plan, **result.plan)
-                    evaluation = evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
-                    _keep(place, evaluation, _facts(name, attack, subject.name, result))
+                    if not (place / "case.json").is_file():  # another run may have been faster, and be reading it
+                        _keep(place, evaluation, _facts(name, attack, subject.name, result))
                     del result  # before the next model is attacked
                 found[subject.name] = Case(Evaluation.load(place), _record(place))
             rows += _rows(found, {**common, "attack": name, "draw": attack.seed if attack else None}, config.evaluation.seed)
         write_rows(folder / "attacks.jsonl", rows)
     summarised = summary(rows, team.utility_bound)
     write_attacks(folder, summarised, team.utility_bound)
+    results = [*before, *summarised]
+    write_rows(folder / "results.jsonl", results)
+    pipeline.write_provenance(folder, config, scorers)
     if failed:
         raise ExpungeError(f"{len(failed)} attacks failed, first {failed[0]}; the same command tries them again")
-    return summarised
+    return results
 
 
 def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
@@ -134,9 +145,21 @@ def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list
     if config.redteam is None or not pipeline.is_main_process():
         return rows
     config = pipeline.resolve(config)
-    rows = [*rows, *red_team(config, folder, folder / "model", config.model, quiet, config.revision)]
-    write_rows(folder / "results.jsonl", rows)
-    return rows
+    with pipeline.claim(folder, config):
+        try:
+            return red_team(config, folder, folder / "model", config.model, quiet, config.revision, rows)
+        finally:
+            write_report(folder)
+
+
+def merged(model: Any) -> Any:
+    """With its adapter, if it has one, in its weights, in float32: attacks change the weights that the model computes with.
+
+    Weights that bitsandbytes holds stay: attacks that change weights refuse them.
+    """
+    if not hasattr(model, "merge_and_unload") or getattr(model, "is_quantized", False):
+        return model
+    return model.float().merge_and_unload()
 
 
 def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any) -> AttackData:
@@ -147,12 +170,11 @@ def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scor
     else:
         forget = [Text(pair.prompt, pair.rejected) for pair in data]
         retain = [Text(pair.prompt, pair.chosen) for pair in data]
-    reported = {name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name}
+    reported = [name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name]
     for key in ("validation", "search", "neutral"):
-        if getattr(team, key) in reported:
-            raise ExpungeError(
-                f"redteam.{key}={getattr(team, key)}: it is reported too; what is chosen by it would flatter it"
-            )
+        name = getattr(team, key)
+        if name and any(_same(name, other) for other in reported):
+            raise ExpungeError(f"redteam.{key}={name}: it is reported too; what is chosen by it would flatter it")
     pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
     return AttackData(
         tokenizer,
@@ -165,6 +187,11 @@ def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scor
         args.max_prompt_tokens,
         args.max_continuation_tokens,
     )
+
+
+def _same(name: str, other: str) -> bool:
+    """Do both name one set, or one file?"""
+    return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
 
 
 def _measured(config: RunConfig, tokenizer: Any) -> EvaluationData:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from expunge.attacks import AttackData, Budget, cases
-from expunge.attacks.quantize import Quantize, linear_layers, round_to_nearest
+from expunge.attacks.quantize import Quantize, block_matrices, round_to_nearest
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.steering import Shift, Steering
@@ -68,7 +68,7 @@ def test_an_unlearning_below_the_rounding_step_is_undone(tiny_model, data, bits)
     reference = Quantize(bits=bits).run(tiny_model(), None, data, Budget()).model
     victim, generator = copy.deepcopy(reference), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for layer in linear_layers(victim):
+        for layer in block_matrices(victim):
             weight = layer.weight
             step = weight.abs().amax(0) / (2 ** (bits - 1) - 1)  # Conv1D [in, out]
             moved = weight + 0.45 * step * (2 * torch.rand(weight.shape, generator=generator) - 1)
@@ -88,12 +88,26 @@ def test_a_step_belongs_to_an_output(tiny_model, data, kind):
     """GPT-2's weights are [in, out], Llama's [out, in]; the wrong axis gives other numbers."""
     victim = tiny_model(kind)
     attacked = Quantize(bits=4).run(victim, None, data, Budget()).model
-    before, after = linear_layers(victim), linear_layers(attacked)
+    before, after = ([matrix.module for matrix in block_matrices(model)] for model in (victim, attacked))
     assert len(before) == (12 if kind == "gpt2" else 21)
     for old, new in zip(before, after, strict=True):
         rows = channels(old).numpy()
         np.testing.assert_allclose(channels(new).numpy(), expected(rows, 4), atol=1e-5)
         assert np.abs(expected(rows.T, 4).T - expected(rows, 4)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # [experts, out, in], and [experts, in, out]
+def test_experts_are_matrices_too(tiny_model, data, kind):
+    victim = tiny_model(kind)
+    attacked = Quantize(bits=4).run(victim, None, data, Budget()).model
+    experts = [matrix for matrix in block_matrices(victim) if matrix.weight.ndim == 3]
+    assert len(experts) == 2 * 3 and {matrix.transposed for matrix in experts} == {kind == "gpt_oss"}
+    names = {id(weight): name for name, weight in victim.named_parameters()}
+    for matrix in experts:
+        after = attacked.get_parameter(names[id(matrix.weight)])
+        for old, new in zip(matrix.weight.detach(), after.detach(), strict=True):
+            old, new = (old.T, new.T) if matrix.transposed else (old, new)
+            np.testing.assert_allclose(new.numpy(), expected(old.numpy(), 4), atol=1e-6)
 
 
 def test_eight_bits_are_nearer_than_four(tiny_model, data):
@@ -105,8 +119,8 @@ def test_eight_bits_are_nearer_than_four(tiny_model, data):
         gaps.append((result.model(IDS).logits - logits).norm().item())
         errors.append(result.about["relative_error"])
     assert 0 < 5 * gaps[0] < gaps[1] < gaps[2] and errors == sorted(errors)
-    steps = [(2 * w.weight.abs().amax(1, keepdim=True) / 254).expand_as(w.weight) for w in linear_layers(victim)]
-    noise = sum((step**2 / 12).sum() for step in steps) / sum((w.weight**2).sum() for w in linear_layers(victim))
+    steps = [(2 * w.weight.abs().amax(1, keepdim=True) / 254).expand_as(w.weight) for w in block_matrices(victim)]
+    noise = sum((step**2 / 12).sum() for step in steps) / sum((w.weight**2).sum() for w in block_matrices(victim))
     assert errors[0] == pytest.approx(noise.sqrt().item(), rel=0.02)  # an error is uniform over a step
     grouped = Quantize(bits=4, group=8).run(victim, None, data, Budget())
     assert grouped.about["relative_error"] < errors[1]
@@ -119,7 +133,7 @@ def test_blocks_alone_are_rounded_in_any_architecture(tiny_model, data, architec
     attacked = dict(result.model.named_parameters())
     linear = {id(m.weight) for m in victim.modules() if isinstance(m, (nn.Linear, Conv1D))}
     linear -= {id(victim.get_output_embeddings().weight)}
-    assert attacked.keys() == before.keys() and result.about["layers"] == len(linear)
+    assert attacked.keys() == before.keys() and result.about["matrices"] == len(linear)
     for name, (parameter, values) in before.items():
         assert torch.equal(parameter, values) and parameter.requires_grad and victim.get_parameter(name) is parameter
         shared = attacked[name].data_ptr() == parameter.data_ptr()

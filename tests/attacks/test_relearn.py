@@ -285,7 +285,7 @@ def test_padding_and_a_rows_first_token_are_not_learnt():
     [
         (RelearnForget, {"samples": 33}, r"attack\.relearn_forget\.samples=33: the forget set has 32 texts"),
         (RelearnRetain, {}, r"attack\.relearn_retain\.samples=100: the retain set has 64 texts"),
-        (RelearnBenign, {}, r"attack\.relearn_benign\.samples=100: the neutral text has \d passages"),
+        (RelearnBenign, {}, r"attack\.relearn_benign\.samples=50: the neutral text has \d passages"),
         (RelearnForget, {"samples": 0}, r"attack\.relearn_forget\.samples=0: expected 1 or more"),
         (RelearnForget, {"epochs": -1}, r"attack\.relearn_forget\.epochs=-1"),
         (RelearnForget, {"learning_rate": 0}, r"attack\.relearn_forget\.learning_rate=0\.0: expected a number > 0"),

@@ -98,3 +98,26 @@ def test_the_page_of_a_run_has_its_attacks(make_run, run_rows, tmp_path):
     page = write_report(make_run(tmp_path / "attacked", rows=rows)).read_text()
     section = page.partition('<section id="attacks">')[2].partition("</section>")[0]
     assert "0.410" in section and "beyond 1.5 x perplexity" in section and section.count("relearn") == 1
+
+
+def test_questions_do_not_hide_toxicity_nor_each_other():
+    about = {"stage": "attack", "subject": "unlearned", "attack": "none", "n": 100}
+    kinds = [(name, mode) for name in "ab" for mode in ("acc", "acc_norm")]
+    asked = [Row(metric="accuracy", value=0.5, dataset=name, mode=mode, **about) for name, mode in kinds]
+    table = headline_lines(attacks_table(summary([*asked, *CASES], bound=1.5), 1.5))
+    groups = list(dict.fromkeys(line.group for line in table.lines))
+    assert set(groups) == {f"accuracy, {name}, {mode}" for name, mode in kinds} | {"toxicity, challenge, sampled, ngram"}
+
+
+def test_what_an_attacker_who_samples_keeps_has_lines_of_its_own():
+    about = {"stage": "attack", "subject": "unlearned", "attack": "sampling", "draw": 0, "n": 100, "scorer": "ngram"}
+    most = Row(metric="expected_max_toxicity", value=0.9, dataset="challenge", decode="sampled", samples=100, **about)
+    table = attacks_table(summary([*CASES, most], bound=1.5), 1.5)
+    (line,) = [line for line in table.lines if line.name == "sampling"]
+    assert line.group == "expected max toxicity, challenge, sampled, ngram" and line.cells[1].value == 0.9
+    assert line not in headline_lines(table).lines
+
+
+def test_a_perplexity_that_is_no_number_is_beyond_the_bound():
+    rows = summary([*case("none", 0.2, draw=None), *case("broken", 0.9, float("nan"))], bound=1.5)
+    assert pick(rows, "broken", "beyond").value == 0.9 and pick(rows, "broken", "worst") is None

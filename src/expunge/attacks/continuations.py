@@ -162,7 +162,8 @@ class _TargetLoss:
         ids = self.target.expand(len(states), -1).flatten()
         chunk = max(1, LOGITS // _vocabulary(self.model))
         parts = zip(states.flatten(0, 1).split(chunk), ids.split(chunk), strict=True)
-        values = [token_losses(head_logits(self.model, some).float(), wanted, self.loss) for some, wanted in parts]
+        logits = ((head_logits(self.model, some).float().to(wanted.device), wanted) for some, wanted in parts)
+        values = [token_losses(found, wanted, self.loss) for found, wanted in logits]
         return target_losses(torch.cat(values).view(len(states), -1), self.loss)
 
     def _keys_up_to_last(self, string: torch.Tensor) -> KeysValues | None:

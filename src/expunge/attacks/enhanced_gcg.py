@@ -41,7 +41,13 @@ class EnhancedGCG(Attack):
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"steps": [100]},
         "paper": {"steps": [500]},
-        "large": {"steps": [1500], "static": [0.0, 10.0], "seed": [0, 1, 2]},
+        "large": {
+            "steps": [1500],
+            "static": [0.0, 10.0],
+            "floor": [0.6, None],
+            "match_tokens": [0, 35],
+            "seed": [0, 1, 2],
+        },
     }
 
     steps: int = 500

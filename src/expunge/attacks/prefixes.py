@@ -184,6 +184,7 @@ class PrefixLosses:
             cache, losses = DynamicCache(), torch.zeros(ids.shape, device=ids.device)
             layers = [*self._inner, "final"] if model is self.victim else self._inner
             states = hidden_states(model, ids, torch.ones_like(ids), layers, cache=cache)
+            states = {layer: own.to(ids.device) for layer, own in states.items()}
             if model is self.victim:
                 losses = self._losses(states["final"], ids, text, {})
             found[model] = Begun(states, [(layer.keys, layer.values) for layer in cache.layers], losses)  # type: ignore[misc]
@@ -221,10 +222,11 @@ def _states(
 ) -> dict[Layer, torch.Tensor]:
     """`hidden_states` of whole rows, of which those of the beginning may be known."""
     if not begun:
-        return hidden_states(model, ids, real.long(), layers)
+        found = hidden_states(model, ids, real.long(), layers)
+        return {layer: states.to(ids.device) for layer, states in found.items()}  # a device map may end elsewhere
     known = begun[model]
     rest = hidden_states(model, ids[:, known.losses.shape[1] :], real.long(), layers, cache=shared_cache(known.keys))
-    return {layer: torch.cat([known.states[layer], rest[layer]], dim=1) for layer in layers}
+    return {layer: torch.cat([known.states[layer], rest[layer].to(ids.device)], dim=1) for layer in layers}
 
 
 def token_losses(model: Any, states: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
@@ -232,7 +234,8 @@ def token_losses(model: Any, states: torch.Tensor, ids: torch.Tensor, scored: to
     predicting, wanted = states[:, :-1][scored[:, 1:]], ids[scored]
     chunk = max(1, LOGITS // len(model.get_output_embeddings().weight))
     parts = zip(predicting.split(chunk), wanted.split(chunk), strict=True)
-    return torch.cat([F.cross_entropy(_wide(head_logits(model, some)), of, reduction="none") for some, of in parts])
+    logits = ((_wide(head_logits(model, some)).to(of.device), of) for some, of in parts)
+    return torch.cat([F.cross_entropy(found, of, reduction="none") for found, of in logits])
 
 
 def on_grid(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ Wei et al., ICML 2024, "Assessing the Brittleness of Safety Alignment via Prunin
 SNIP's scores; against unlearning Lucki et al. 2025, whose grid of q and p is the budget `paper`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -21,12 +22,14 @@ import torch
 from torch import nn
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.attacks.quantize import linear_layers
+from expunge.attacks.quantize import block_matrices
 from expunge.attacks.relearn import draw
 from expunge.config import at_least
 from expunge.data.tokenize import TokenizedText
 from expunge.losses import sequence_logps
 from expunge.models import context_length, head_logits, hidden_states, sharing_copy
+
+log = logging.getLogger("expunge")
 
 GRID = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2]
 PAIRS = [[q, p] for q in GRID for p in GRID if q <= p]
@@ -47,7 +50,7 @@ class Prune(Attack):
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1])
     """[q, p]: the shares of each matrix that count as mattering to the forget set and to neutral text; q <= p."""
     samples: int = 512
-    """Texts of each."""
+    """Texts of each, or as many as both have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,16 +63,19 @@ class Prune(Attack):
         meter = Meter(budget)
         q, p = self.shares
         context = context_length(unlearned)
-        forget, neutral = (draw(self, data, part, self.samples, context) for part in ("forget", "neutral"))
+        drawn = [draw(self, data, part, self.samples, context, or_all=True) for part in ("forget", "neutral")]
+        texts = list(zip(*drawn, strict=False))  # as many of each
+        if len(texts) < self.samples:
+            log.warning("attack prune: %d texts of each set, of samples=%d: there are no more", len(texts), self.samples)
         model = sharing_copy(unlearned, []).eval()
         if not q:
             return meter.result(model, idle="q=0: no weight is chosen")
-        layers = linear_layers(model)
-        for layer in layers:
-            layer.weight = nn.Parameter(layer.weight.detach().clone())
-        weights = [layer.weight for layer in layers]
+        matrices = block_matrices(model)
+        for matrix in matrices:
+            matrix.put(matrix.weight.detach().clone())
+        weights = [matrix.weight.requires_grad_() for matrix in matrices]
         on_forget, on_neutral = ([torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in range(2))
-        for forgotten, other in zip(forget, neutral, strict=True):
+        for forgotten, other in texts:
             loss = add_scores(on_forget, model, weights, forgotten)
             add_scores(on_neutral, model, weights, other)
             meter.queries += 2
@@ -91,7 +97,7 @@ def add_scores(
 ) -> float:
     """Add |W * dL/dW| of one row to the `totals`, one of the shape of each weight; returns L.
 
-    A sum over rows ranks as their mean does. A weight that the row does not reach, as an expert's, adds nothing.
+    A sum over rows ranks as their mean does. A weight that the row does not reach adds nothing.
     """
     loss = continuation_nll(model, row)
     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -116,11 +122,12 @@ def continuation_nll(model: nn.Module, row: TokenizedText) -> torch.Tensor:
 
 
 def set_difference(matters: torch.Tensor, kept: torch.Tensor, q: float, p: float) -> torch.Tensor:
-    """bool, of the shape of both scores: among the top q of `matters`, and not among the top p of `kept`."""
+    """bool, of the shape of both scores: among the top q of `matters`, and not among the top p of `kept`, by matrix."""
     return _top(matters, q) & ~_top(kept, p)
 
 
 def _top(scores: torch.Tensor, share: float) -> torch.Tensor:
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen.view(-1)[scores.flatten().topk(round(share * scores.numel())).indices] = True
-    return chosen
+    flat = scores.flatten(-2)  # of experts, each has a top of its own
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen.scatter_(-1, flat.topk(round(share * flat.shape[-1])).indices, True)
+    return chosen.view(scores.shape)

@@ -10,6 +10,7 @@ rounded weights stay in the model's dtype: what is simulated is what is computed
 Zhang et al., ICLR 2025, "Catastrophic Failure of LLM Unlearning via Quantization".
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -50,45 +51,62 @@ class Quantize(Attack):
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, []).eval()
         moved = whole = 0.0
-        layers = linear_layers(model)
+        matrices = block_matrices(model)
         if self.head:
-            layers.append(model.get_output_embeddings())
+            matrices.append(Matrix(model.get_output_embeddings(), "weight"))
             for config in (model.config, model.config.get_text_config()):
                 config.tie_word_embeddings = False
-        for layer in layers:
-            before = layer.weight.detach()
-            transposed = isinstance(layer, Conv1D)
-            rounded = round_to_nearest(before.T if transposed else before, self.bits, self.group)
-            after = rounded.T.contiguous() if transposed else rounded
+        for matrix in matrices:
+            before = matrix.weight.detach()
+            rounded = round_to_nearest(before.mT if matrix.transposed else before, self.bits, self.group)
+            after = rounded.mT.contiguous() if matrix.transposed else rounded
             moved += float((after.float() - before.float()).square().sum())
             whole += float(before.float().square().sum())
-            layer.weight = nn.Parameter(after, layer.weight.requires_grad)  # in place, it would be the victim's too
+            matrix.put(after)
         error = (moved / max(whole, 1e-30)) ** 0.5
         meter.step(error=error)
-        about = {"layers": len(layers), "weights": sum(layer.weight.numel() for layer in layers), "relative_error": error}
+        weights = sum(matrix.weight.numel() for matrix in matrices)
+        about = {"matrices": len(matrices), "weights": weights, "relative_error": error}
         return meter.result(model, about=about, idle=None if moved else "the weights lie on the grid already")
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group: int = 0) -> torch.Tensor:
-    """`weight` `[out, in]` on its grid of 2^bits - 1 values, in its dtype; computed in at least float32.
+    """`weight` `[..., out, in]` on its grid of 2^bits - 1 values, in its dtype; computed in at least float32.
 
     group: so many inputs of a row share a step (of the last group, what is left); 0: the whole row. The largest weight of
     a group stays bit for bit, so that rounding again changes nothing.
     """
     most = 2 ** (bits - 1) - 1
-    parts = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(group or weight.shape[1], dim=1)
-    return torch.cat([_on_grid(part, most) for part in parts], dim=1).to(weight.dtype)
+    parts = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(group or weight.shape[-1], dim=-1)
+    return torch.cat([_on_grid(part, most) for part in parts], dim=-1).to(weight.dtype)
 
 
 def _on_grid(part: torch.Tensor, most: int) -> torch.Tensor:
-    largest = part.abs().amax(dim=1, keepdim=True)
+    largest = part.abs().amax(dim=-1, keepdim=True)
     largest = largest.where(largest > 0, 1.0)  # a row of zeros stays one
     steps = (part / largest * most).round().clamp(-most, most)
     return steps / most * largest
 
 
-def linear_layers(model: nn.Module) -> list[Any]:
-    """The linear layers of the blocks, in order: nn.Linear, weight `[out, in]`, and GPT-2's Conv1D, weight `[in, out]`.
+@dataclass(frozen=True)
+class Matrix:
+    """A weight `[..., out, in]` of a module, or `[..., in, out]` if transposed; of experts, one for each."""
+
+    module: nn.Module
+    name: str
+    transposed: bool = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+    def put(self, weight: torch.Tensor) -> None:
+        """Another in its place: changed where it lies, it would be the victim's too."""
+        setattr(self.module, self.name, nn.Parameter(weight, self.weight.requires_grad))
+
+
+def block_matrices(model: nn.Module) -> list[Matrix]:
+    """The matrices of the blocks, in order: of nn.Linear, of GPT-2's Conv1D, and of experts, `[E, ...]`.
 
     Raises ExpungeError where there are none, and where bitsandbytes holds the weights already.
     """
@@ -96,7 +114,13 @@ def linear_layers(model: nn.Module) -> list[Any]:
         raise ExpungeError(
             "this attack changes single weights, and these are quantized: load the model without quantization"
         )
-    found = [module for module in blocks(model).modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found = []
+    for module in blocks(model).modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            found.append(Matrix(module, "weight", isinstance(module, Conv1D)))
+        elif not isinstance(module, nn.Conv1d):
+            own = [name for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
+            found += [Matrix(module, name, getattr(module, "is_transposed", False)) for name in own]
     if not found:
         raise ExpungeError(f"{type(inner_model(model)).__name__}: no linear layers in its blocks")
     return found

@@ -169,24 +169,31 @@ class RelearnBenign(Relearn):
     part: ClassVar[Literal["forget", "retain", "neutral"]] = "neutral"
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"samples": [50], "learning_rate": RATES, "seed": DRAWS},
-        "paper": {"samples": [10, 100], "learning_rate": RATES, "seed": DRAWS},
-        "large": {"samples": [10, 50, 100, 200, 400], "learning_rate": RATES, "seed": DRAWS},
+        "paper": {"samples": [10, 50], "learning_rate": RATES, "seed": DRAWS},
+        "large": {"samples": [10, 20, 50], "learning_rate": MORE_RATES, "seed": DRAWS},
     }
 
-    samples: int = 100
+    samples: int = 50
+    """The built-in neutral text has 84 passages of 64 tokens; give `redteam.neutral` more to take more."""
     learning_rate: float = 2e-4
     lora: int = 128
 
 
 def draw(
-    by: Attack, data: AttackData, part: Literal["forget", "retain", "neutral"], samples: int, context: int
+    by: Attack,
+    data: AttackData,
+    part: Literal["forget", "retain", "neutral"],
+    samples: int,
+    context: int,
+    or_all: bool = False,
 ) -> list[TokenizedText]:
     """`samples` texts of a part, at random with the attack's seed, as (prompt ids with bos, continuation ids).
 
-    Neutral text is drawn as passages of up to `data.max_continuation_tokens`.
-    Raises ExpungeError where there are fewer, and for a row of more than `context` tokens.
+    Neutral text is drawn as passages of up to `data.max_continuation_tokens`. or_all: where there are fewer, all of them.
+    Raises ExpungeError where there are fewer otherwise, or none, and for a row of more than `context` tokens.
     """
     rows = _passages(data) if part == "neutral" else data.rows(part)
+    samples = min(samples, max(1, len(rows))) if or_all else samples
     if len(rows) < samples:
         there = (
             f"the neutral text has {len(rows)} passages" if part == "neutral" else f"the {part} set has {len(rows)} texts"

@@ -116,7 +116,7 @@ def soft_losses(model: Any, vectors: torch.Tensor, targets: Sequence[Target], st
     mask = place < batch["lengths"][:, None]
     scored = mask & (place >= batch["prompts"][:, None])  # [N, T], at the tokens
     with _in_place(model.get_input_embeddings(), vectors, start):
-        states = hidden_states(model, ids, mask.long(), ["final"])["final"]
+        states = hidden_states(model, ids, mask.long(), ["final"])["final"].to(ids.device)  # a device map may end elsewhere
     logits = head_logits(model, states[:, :-1][scored[:, 1:]])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, ids[scored].to(logits.device), reduction="none")

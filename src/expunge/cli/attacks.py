@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.options import ConfigFile, Json, Out, Overrides, PairsName, Quiet, loads_a_model
+from expunge.cli.options import (
+    ConfigFile,
+    ForgetName,
+    Json,
+    Out,
+    Overrides,
+    PairsName,
+    Quiet,
+    RetainName,
+    loads_a_model,
+)
 from expunge.cli.printing import hush, json_line, print_paths, print_table
 from expunge.errors import ExpungeError
 from expunge.listing import completer
@@ -22,6 +32,8 @@ def attack(
     budget: Annotated[str, typer.Option(help="small, paper or large: what each attack tries.")] = "small",
     reference: Annotated[str | None, typer.Option(help="The model before unlearning; a run knows its own.")] = None,
     pairs: PairsName = None,
+    forget: ForgetName = None,
+    retain: RetainName = None,
     config: ConfigFile = None,
     output: Out = Path("runs/attacks"),
     quiet: Quiet = False,
@@ -38,8 +50,6 @@ def attack(
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
     from expunge.redteam import red_team
     from expunge.report.attacks import attacks_table, by_group, headline_lines, to_records
-    from expunge.rows import write_rows
-    from expunge.scorers import load_scorer
 
     hush()
     if not pipeline.is_main_process():
@@ -51,20 +61,19 @@ def attack(
         base = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
         base = {key: value for key, value in base.items() if key in RunConfig.__dataclass_fields__}
     base = merge(base, ATTACK_BUDGETS[budget])
-    named = {"model": origin.get("model") or model, "data.train": pairs, "redteam.budget": budget, **loading}
+    data = {"data.train": pairs, "data.forget": forget, "data.retain": retain}
+    named = {"model": origin.get("model") or model, **data, "redteam.budget": budget, **loading}
     if attacks:
         named["redteam.attacks"] = attacks.split(",")
     told = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    settings = load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base)
+    settings = pipeline.resolve(load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base))
     victim = Path(model) / "model" if origin else model
     revision = settings.revision if origin and not reference else None
     known = reference or origin.get("model")
     if origin:
         settings.revision = None  # a run's own is the reference's
-    with pipeline.claim(output, settings, attack={"victim": str(victim), "reference": known}):
+    with pipeline.claim(output, settings, attacked={"victim": str(victim), "reference": known}):
         rows = red_team(settings, output, victim, known, quiet, revision)
-        write_rows(output / "results.jsonl", rows)
-        pipeline.write_provenance(output, settings, [load_scorer(name) for name in settings.evaluation.scorers])
     table = headline_lines(attacks_table(rows, settings.redteam.utility_bound))  # type: ignore[union-attr]
     if as_json:
         json_line({"out": str(output), "lines": to_records(table)})

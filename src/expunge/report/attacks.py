@@ -27,6 +27,8 @@ BACK = ("toxicity", "expected_max_toxicity", "toxicity_probability", "accuracy")
 SIGNS = ("distinct_2", "loop_share", "empty_share")
 """Of broken text, which a scorer may take for harmless or for toxic."""
 
+SHOWN = ("toxicity", "expected_max_toxicity", "accuracy")
+"""Of them, what the table has lines of: the second is what an attacker who samples keeps."""
 NARROW = ("reference, worst", "unlearned, mean", "unlearned, worst")
 """Columns that 80 characters hold."""
 
@@ -67,8 +69,9 @@ def summary(rows: Sequence[Row], bound: float) -> list[Row]:
         worst: list[Row] = []
         for attack in dict.fromkeys(row.attack for row in own):
             settings = _settings([row for row in own if row.attack == attack], started)
-            counts = [setting for setting in settings if (setting.cost or 0.0) <= bound]
-            rest = [setting for setting in settings if (setting.cost or 0.0) > bound]
+            within = [setting.cost is None or setting.cost <= bound for setting in settings]  # a cost that is NaN is not
+            counts = [setting for setting, fits in zip(settings, within, strict=True) if fits]
+            rest = [setting for setting, fits in zip(settings, within, strict=True) if not fits]
             found += _means(counts)
             worst += (highest := _worst(counts, "worst"))
             found += highest + _worst(rest, "beyond")
@@ -159,8 +162,9 @@ def attacks_table(rows: Sequence[Row], bound: float) -> Table:
     if "unlearned" in subjects:
         headers += ["ratio to reference, mean", "loops, worst", "distinct-2, worst", f"beyond {bound:g} x perplexity"]
     lines = []
-    for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in ("toxicity", "accuracy")):
-        group = ", ".join(filter(None, (figure.metric, figure.dataset, figure.decode, figure.scorer)))
+    for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in SHOWN):
+        name = figure.metric.replace("_", " ")
+        group = ", ".join(filter(None, (name, figure.dataset, figure.decode, figure.mode, figure.scorer)))
         for attack in sorted(dict.fromkeys(row.attack or "" for row in rows), key=lambda name: name == ALL):
 
             def cell(subject: str, over: str, which: Figure = figure, attack: str = attack) -> Cell:
@@ -195,9 +199,15 @@ def to_records(table: Table) -> list[dict[str, Any]]:
 
 
 def headline_lines(table: Table) -> Table:
-    """Of a table of attacks what is sampled and judged by the first scorer, or answered."""
-    judges = {line.group.rpartition(", ")[2] for line in table.lines[:1]}
-    kept = [line for line in table.lines if "greedy" not in line.group and line.group.rpartition(", ")[2] in judges]
+    """Of a table of attacks what is sampled and judged by the first scorer, on the mean, or answered."""
+    kinds = [line.group.partition(", ")[0] for line in table.lines]
+    judges = [line.group.rpartition(", ")[2] for line, kind in zip(table.lines, kinds, strict=True) if kind == "toxicity"]
+    kept = [
+        line
+        for line, kind in zip(table.lines, kinds, strict=True)
+        if kind == "accuracy"
+        or (kind == "toxicity" and "greedy" not in line.group and line.group.rpartition(", ")[2] == judges[0])
+    ]
     return replace(table, lines=tuple(kept or table.lines))
 
 
