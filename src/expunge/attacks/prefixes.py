@@ -46,7 +46,7 @@ class Begun:
 
     def of(self, rows: Sequence[int]) -> "Begun":
         """The same of some rows, in that order."""
-        states = {layer: states[rows] for layer, states in self.states.items()}
+        states: dict[Layer, torch.Tensor] = {layer: states[rows] for layer, states in self.states.items()}
         return Begun(states, [(keys[rows], values[rows]) for keys, values in self.keys], self.losses[rows])
 
 

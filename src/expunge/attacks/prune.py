@@ -93,7 +93,7 @@ class Prune(Attack):
 
 
 def add_scores(
-    totals: Sequence[torch.Tensor], model: nn.Module, weights: Sequence[nn.Parameter], row: TokenizedText
+    totals: Sequence[torch.Tensor], model: nn.Module, weights: Sequence[torch.Tensor], row: TokenizedText
 ) -> float:
     """Add |W * dL/dW| of one row to the `totals`, one of the shape of each weight; returns L.
 
