@@ -1,6 +1,6 @@
 """Kill a run at random moments, saves included, and start it again: it ends where an undisturbed one does, bit by bit.
 
-EXPUNGE_KILLS=20 pytest tests/test_crash.py        # as often as that; 3 by default
+EXPUNGE_KILLS=20 pytest tests/test_crash.py        # as often as that; 2 by default
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from expunge.callbacks import last_checkpoint
 
-KILLS = int(os.environ.get("EXPUNGE_KILLS", "3"))
+KILLS = int(os.environ.get("EXPUNGE_KILLS", "2"))
 STATE = ("model.safetensors", "heads.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 

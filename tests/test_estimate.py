@@ -140,7 +140,7 @@ def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
     pairs = [{"prompt": text, "chosen": f"{text} {i}", "rejected": f" {i} {text}"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     command = [tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", *settings, "training.max_steps=2"]
-    command += ["training.per_device_train_batch_size=8", "training.use_cpu=true"]
+    command += ["training.per_device_train_batch_size=4", "training.use_cpu=true"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
     def expunge(verb: str, *more: object) -> str:
