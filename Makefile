@@ -10,13 +10,12 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acqui
 
 .PHONY: demo test lint browser clean
 
-# Modules are compiled when they are imported, not all of them now: half of the time, and most are never imported.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# liger is an oracle in tests; without its dependency, Triton, which serves accelerators only
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps liger-kernel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps liger-kernel
 	touch $@
 
 demo: $(INSTALLED)
