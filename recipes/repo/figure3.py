@@ -47,14 +47,15 @@ def draw(lines: list[dict[str, Any]]) -> None:
     for row, dataset in zip(grid, SETS, strict=True):
         for axes, attack in zip(row, ATTACKS, strict=True):
             for name in names:
+                color = "grey" if name == "REF" else f"C{names.index(name)}"
                 own = [
                     line for line in lines if (line["method"], line["dataset"], line["attack"]) == (name, dataset, attack)
                 ]
                 own.sort(key=lambda line: line["samples"])
                 x, y = [line["samples"] for line in own], [statistics.mean(line["toxicity"]) for line in own]
                 ends = [[max(line["toxicity"]) for line in own], [min(line["toxicity"]) for line in own]]
-                axes.plot(x, y, marker="o", label=name, color="grey" if name == "REF" else f"C{names.index(name)}")
-                axes.fill_between(x, *ends, alpha=0.15, color="grey" if name == "REF" else f"C{names.index(name)}")
+                axes.plot(x, y, marker="o", label=name, color=color)
+                axes.fill_between(x, *ends, alpha=0.15, color=color)
             axes.set(xlabel=ATTACKS[attack], ylabel=f"toxicity, {SETS[dataset]}" if axes is row[0] else None)
     grid[0][0].legend()
     plt.rcParams["svg.hashsalt"] = "expunge"

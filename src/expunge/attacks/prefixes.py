@@ -114,7 +114,7 @@ class PrefixLosses:
 
     def slope(self, string: Sequence[int]) -> torch.Tensor:
         """d loss / d one-hot rows of the string, `[n, V]`: through both models, as both see it."""
-        models = list(dict.fromkeys([self.victim, self.reference] if self.settings.internal else [self.victim]))
+        models = self._models
         slopes: dict[Any, torch.Tensor] = {}
 
         def add(batch: Sequence[int]) -> None:
@@ -171,6 +171,11 @@ class PrefixLosses:
         return parts
 
     @property
+    def _models(self) -> list[Any]:
+        """Those whose states the prefix changes and the loss reads, each once."""
+        return list(dict.fromkeys([self.victim, self.reference] if self.settings.internal else [self.victim]))
+
+    @property
     def _inner(self) -> list[Layer]:
         return self.layers if self.settings.internal or self.static else []
 
@@ -180,7 +185,7 @@ class PrefixLosses:
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         text = (places >= max(1, self.start)) & bool(self.settings.fluency)
         found = {}
-        for model in dict.fromkeys([self.victim, self.reference] if self.settings.internal else [self.victim]):
+        for model in self._models:
             cache, losses = DynamicCache(), torch.zeros(ids.shape, device=ids.device)
             layers = [*self._inner, "final"] if model is self.victim else self._inner
             states = hidden_states(model, ids, torch.ones_like(ids), layers, cache=cache)
