@@ -8,17 +8,20 @@ that, both forms of a step are held to the same figures. Memory is resident memo
 """
 
 import argparse
+import copy
 import ctypes
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +31,11 @@ from engine import GPT2_SMALL, resident
 from expunge import load_model
 from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses
+from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import candidates
+from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.tokens import Target
+from expunge.models import depth
 from expunge.provenance import environment
 from expunge.rows import read_lines, write_lines
 
@@ -55,9 +61,15 @@ class Case:
     target: int = 20
 
 
+PREFIX = {"width": 16, "prompt": 20, "string": 32, "target": 20}
+"""Enhanced GCG's step on eight prompts: its own defaults, and prompts as long as RealToxicityPrompts'."""
+PROMPTS = 8
+
 CASES = [
     Case("GPT-2 small", "gcg", GPT2_SMALL),
     Case("the built-in model", "gcg", "builtin"),
+    Case("GPT-2 small", "enhanced_gcg", GPT2_SMALL, **PREFIX),
+    Case("the built-in model", "enhanced_gcg", "builtin", **PREFIX),
 ]
 
 
@@ -127,6 +139,74 @@ def plain_gcg(case: Case, model: PreTrainedModel) -> Step:
     return step
 
 
+def enhanced_gcg(case: Case, model: PreTrainedModel) -> Step:
+    """The gradient, and the losses of all candidates after the prompts, as the attack computes them."""
+    victim, settings, layers, targets, strings = enhanced(case, model)
+    with frozen(victim, model):
+        objective = PrefixLosses(victim, model, targets, layers, 0, settings)
+
+    def step() -> torch.Tensor:
+        with frozen(victim, model):
+            return figures(objective.slope(strings[0]), objective.total(objective.parts(strings)))
+
+    return step
+
+
+def plain_enhanced_gcg(case: Case, model: PreTrainedModel) -> Step:
+    """The same prompt by prompt: whole rows with all their logits through both models, gradients for all weights."""
+    victim, settings, layers, targets, strings = enhanced(case, model)
+    embed, embed_before = (cast(torch.nn.Embedding, one.get_input_embeddings()) for one in (victim, model))
+
+    def losses(own: Any, before: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
+        end = ids.shape[1] - len(target.ids)
+        nll = F.cross_entropy(own.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        force = nll[:, end - 1 :].mean(1).clamp(min=-math.log(settings.floor or 1))
+        gaps = [(own.hidden_states[layer] - before.hidden_states[layer])[:, case.string :].norm(dim=-1) for layer in layers]
+        repeated = [sum((n - 1) ** 1.5 for n in Counter(row).values()) / end for row in ids[:, :end].tolist()]
+        loss = force + settings.internal * torch.stack(gaps).mean((0, 2)) + settings.fluency * nll[:, : end - 1].mean(1)
+        return loss + settings.repetition * torch.tensor(repeated)
+
+    def rows(some: torch.Tensor, target: Target) -> torch.Tensor:
+        return torch.cat([some, torch.tensor([*target.prompt, *target.ids]).expand(len(some), -1)], dim=1)
+
+    def step() -> torch.Tensor:
+        string, found = torch.tensor(strings[0]), torch.zeros(len(strings))
+        one_hot = F.one_hot(string, model.config.vocab_size).float().requires_grad_()
+        for target in targets:
+            ids, keywords = rows(string[None], target), {"use_cache": False, "output_hidden_states": True}
+            read = [torch.cat([one_hot @ e.weight, e(ids[0, case.string :])])[None] for e in (embed, embed_before)]
+            own, before = (m(inputs_embeds=x, **keywords) for m, x in zip((victim, model), read, strict=True))
+            # an id that is scored is a constant: the gradient is through what the models read
+            losses(own, before, ids, target).sum().backward()
+            with torch.no_grad():
+                ids = rows(torch.tensor(strings), target)
+                own, before = victim(ids, **keywords), model(ids, **keywords)
+                found = found + losses(own, before, ids, target) / len(targets)
+        victim.zero_grad()
+        model.zero_grad()
+        assert one_hot.grad is not None
+        return figures(one_hot.grad / len(targets), found)
+
+    return step
+
+
+def enhanced(
+    case: Case, model: PreTrainedModel
+) -> tuple[PreTrainedModel, EnhancedGCG, list[int], list[Target], list[list[int]]]:
+    """A victim that differs a little from its reference; the attack's settings, layers, prompts and candidates."""
+    victim, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in victim.parameters():
+            weight += 0.01 * weight.std(unbiased=False) * torch.randn(weight.shape, generator=draw)
+    vocabulary, length = model.config.vocab_size, case.prompt + case.target
+    texts = torch.randint(1, vocabulary, (PROMPTS, length), generator=draw).tolist()
+    strings = torch.randint(1, vocabulary, (case.width, case.string), generator=draw).tolist()
+    blocks = depth(model)
+    layers = [blocks // 3, 2 * blocks // 3, blocks - 1]
+    targets = [Target(text[: case.prompt], text[case.prompt :]) for text in texts]
+    return victim, EnhancedGCG(), layers, targets, strings
+
+
 def figures(slope: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
     """The losses of the candidates, and the gradient's part of the ids that have the least."""
     return torch.cat([losses, slope.topk(8, largest=False).values.flatten()])
@@ -134,7 +214,11 @@ def figures(slope: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
 
 STEPS: Mapping[str, Mapping[str, Callable[[Case, PreTrainedModel], Step]]] = {
     "gcg": {"plain form": plain_gcg, "expunge": gcg},
+    "enhanced_gcg": {"plain form": plain_enhanced_gcg, "expunge": enhanced_gcg},
 }
+
+
+MODELS = {"gcg": 1, "enhanced_gcg": 2}
 
 
 def time_case(case: Case, rounds: int) -> dict[str, Any]:
@@ -166,7 +250,7 @@ def weigh(case: Case, form: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return resident("VmHWM") - start - weights
+    return resident("VmHWM") - start - weights * MODELS[case.attack]
 
 
 def main() -> None:
@@ -188,19 +272,19 @@ def main() -> None:
         if any(all(record.get(key) == value for key, value in head.items()) for record in records):
             continue
         print(case.attack, case.name, flush=True)
-        timed = alone(number, "time", arguments.rounds)
-        memory = {form: alone(number, form, arguments.rounds) for form in STEPS[case.attack]}
+        timed = alone(__file__, str(number), "time", "--rounds", str(arguments.rounds), timed=True)
+        memory = {form: alone(__file__, str(number), form) for form in STEPS[case.attack]}
         records.append({**head, **timed, "bytes": memory, "environment": environment()})
         write_lines(arguments.results, records)
     print(table(records))
 
 
-def alone(number: int, form: str, rounds: int) -> Any:
+def alone(script: str, *arguments: str, timed: bool = False) -> Any:
     """What a process of its own measures: memory that one form leaves with a process is none of another's."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    if form != "time":  # freed blocks go back to the system
+    if not timed:  # freed blocks go back to the system
         environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, __file__, "--one", str(number), form, "--rounds", str(rounds)]
+    command = [sys.executable, script, "--one", *arguments]
     done = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
