@@ -169,12 +169,63 @@ def test_a_file_that_changed_makes_its_cells_run_again():
     assert len(again.configs) == 10
 
 
+def test_a_changed_model_or_base_of_an_adapter_is_another_cell():
+    for name, settings in (("base", {}), ("adapter", {"base_model_name_or_path": "base", "peft_type": "LORA"})):
+        Path(name).mkdir()
+        Path(name, "adapter_config.json" if settings else "config.json").write_text(json.dumps(settings))
+    change(base__model="adapter")
+
+    def names() -> set:
+        return {place["cell"] for place in Sweep(Path("recipe.yaml"), Path("out")).plan()} - {None}
+
+    before = names()
+    assert before and names() == before
+    Path("base", "model.safetensors").write_text("other weights")
+    assert not names() & before
+
+
 def test_budgets_are_laid_over_the_base_and_do_not_share_cells():
     sweep(Stub())
     other = Stub()
     sweep(other, budget="large")
     assert len(other.configs) == 10 and {config.training["max_steps"] for config in other.configs} == {2}
     assert len(list(Path("out/cells").glob("*/results.jsonl"))) == 20
+
+
+def test_a_budget_changes_the_grid_and_how_trials_are_measured():
+    Path("other.jsonl").write_text("other prompts")
+    over = {"grid": {"method": {"dpo": None, "npo": {"method": {"name": "npo"}, "tune": {"method.beta": [0.4, 0.2, 0.1]}}}}}
+    over["tune"] = {"base": {"data": {"prompts": ["other.jsonl"]}}}
+    change(budgets__large=over)
+    stub = Stub()
+    sweep(stub, budget="large")
+    assert {config.method["name"] for config in stub.configs} == {"repo", "npo"} and len(stub.configs) == 10
+    trials = [config.data for config in stub.configs if config.data.prompts != ["report.jsonl"]]
+    assert {(*data.prompts, data.corpus) for data in trials} == {("other.jsonl", "tuning.txt")}
+    sweep(small := Stub())
+    assert {config.method["name"] for config in small.configs} == {"repo", "dpo"}
+
+
+def test_a_budget_may_take_the_trials_away():
+    change(budgets__large={"tune": None, "training": {"max_steps": 2}})
+    sweep(stub := Stub(), budget="large")
+    assert [config.method["name"] for config in stub.configs] == ["repo", "dpo"] * 2
+    assert {*stub.configs[0].data.prompts} == {"report.jsonl"}
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("budget", ["small", "paper"])
+def test_the_recipes_that_are_here_can_be_planned_and_their_columns_told_apart(recipe, budget):
+    made = Sweep(recipe, Path("out"), budget)
+    assert made.plan()
+    for wanted in made.recipe.wanted.values():
+        team = made.groups[0].final(next(iter(made.groups[0].seeds)), {}).config.redteam
+        assert wanted.attack in (None, "all", *(team.attacks if team else []))
+        assert wanted.scorer in (None, *made.groups[0].final("0", {}).config.evaluation.scorers)
+    assert len(set(made.recipe.wanted.values())) == len(made.recipe.wanted)
 
 
 def test_the_budgets_of_every_run_lie_below_the_base():
@@ -374,6 +425,7 @@ def test_an_axis_is_a_key_or_labelled_patches():
 
 
 SAME = {"tune__base": {"data": {"prompts": ["./report.jsonl"], "corpus": None}}}
+APART = {"data": {"prompts": ["tuning.jsonl"], "corpus": "tuning.txt"}}
 BAD = {
     "an unknown key": ({"gird": {}}, "recipe.yaml: unknown key 'gird' (did you mean 'grid'?)"),
     "an empty grid": ({"grid": {}}, "recipe.yaml: grid: empty; give at least one axis"),
@@ -397,6 +449,14 @@ BAD = {
         {"grid__seed": {"0": {"tune": {"method.weight": [1, 2, 3]}}}},
         "on the axes method and seed: trials belong to one",
     ),
+    "a trial twice": (
+        {"grid__method__dpo__tune": {"method.beta": [0.1, 0.1, 0.2]}},
+        "grid.method.dpo.tune: the trial method.beta=0.1 stands twice in it",
+    ),
+    "a trial twice in other words": (
+        {"grid__method__dpo__tune": [{"method.beta": 1}, {"method.beta": 0.1}, {"method": {"beta": 1.0}}]},
+        "grid.method.dpo.tune: the trial method.beta=1 stands twice in it",
+    ),
     "trials and no way to choose": ({"tune": None}, "grid.method: trials, and nothing says how one is chosen: give tune.by"),
     "a choice and no trials": ({"grid": {"seed": [0]}}, "tune: no value of the grid has trials"),
     "nothing to choose by": ({"tune": {"keep": []}}, "recipe.yaml: tune: 'by' is missing"),
@@ -404,6 +464,14 @@ BAD = {
     "an unknown field": ({"columns__toxicity": {"metric": "f1", "dataste": "x"}}, "unknown key 'columns.toxicity.dataste'"),
     "a column without a metric": ({"columns__toxicity": {}}, "columns: 'metric' is missing"),
     "trials on what is reported": (SAME, "trials are measured on"),
+    "trials on a harness's questions": (
+        {
+            "base__evaluation": {"harness": ["wmdp"]},
+            "tune__base": {**APART, "evaluation": {"harness": []}},
+            "tune__base__data__questions": ["wmdp-cyber"],
+        },
+        "trials are measured on wmdp-cyber, which is reported too",
+    ),
     "a figure that no trial has": (
         {"tune__by": {"metric": "accuracy"}},
         "tune.by: trials have no accuracy (there is perplexity_ratio, toxicity)",

@@ -147,6 +147,15 @@ def is_adapter(name: str | Path, revision: str | None = None) -> bool:
         return Adapter.at(_source(name), revision) is not None
 
 
+def local_folders(name: str | Path) -> list[Path]:
+    """What on this machine a model is read from: its folder, and below an adapter its base's. None of a model on the hub."""
+    source = _source(name)
+    if not Path(source).is_dir():
+        return []
+    adapter = _adapter(source, None)
+    return [Path(source), *(local_folders(adapter.base) if adapter else [])]
+
+
 def _source(name: str | Path) -> str:
     """A folder by its whole path: an adapter that is saved names its base so, and is then found from anywhere."""
     if str(name) in BUILTINS:
@@ -496,6 +505,19 @@ def sharing_copy(model: nn.Module, changing: Collection[str] | None) -> nn.Modul
     `changing`, which are copied; None: all are copied."""
     shared = {} if changing is None else {id(p): p for name, p in model.named_parameters() if name not in changing}
     return copy.deepcopy(model, dict(shared))
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then every submodule is in the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The cells of a recipe: configurations with labels, each with a folder's name that says what it is a hash of.
 
-    for group in groups_of(recipe, "small"): group.trials, group.final("0", {"training.learning_rate": 1e-4})
+    for group in groups_of(recipe): group.trials, group.final("0", {"training.learning_rate": 1e-4})
 
 A group is one value of each axis but `seed`: its trials share a choice, and its cells a line of the table.
 """
@@ -16,8 +16,10 @@ from typing import Any
 
 from expunge import pipeline
 from expunge.config import RunConfig, load_config, merge
-from expunge.data.named import ASSETS, NAMED, local_file
+from expunge.data.named import NAMED, local_file
 from expunge.errors import ExpungeError
+from expunge.harness import OURS
+from expunge.models import local_folders
 from expunge.provenance import digest
 from expunge.registry import did_you_mean
 from expunge.report.compare import name_of, words_of
@@ -92,15 +94,14 @@ class Group:
         return Cell(labels, setting, trial is not None, config)
 
 
-def groups_of(recipe: Recipe, budget: str | None = None) -> list[Group]:
+def groups_of(recipe: Recipe) -> list[Group]:
     """Every group of the grid, in the order of its axes. Raises ExpungeError for a configuration that is no run's, and where
     a trial is measured on what is reported."""
-    _, base = recipe.budget(budget)
     seeds = {label: value.patch for label, value in recipe.axes.get(SEED, {"": Value({})}).items()}
     axes = {axis: values for axis, values in recipe.axes.items() if axis != SEED}
     found = []
     for chosen in itertools.product(*(values.items() for values in axes.values())):
-        tree, settings = base, []
+        tree, settings = expand(recipe.base), []
         for _, value in chosen:
             tree = merge(tree, expand(value.patch))
             settings += value.trials or []
@@ -146,7 +147,8 @@ def _measured_on(config: RunConfig) -> set[str]:
     named = [
         tree["data"][key] for section, _, key in (path.partition(".") for path in pipeline.MEASURED) if section == "data"
     ]
-    texts = _texts([*named, tree["evaluation"].get("harness")])
+    asked = [OURS.get(task, task) for task in config.evaluation.harness]
+    texts = _texts([*named, asked])
     return {str(Path(text).resolve()) if Path(text).is_file() else text for text in texts}
 
 
@@ -165,7 +167,7 @@ def _contents(config: RunConfig) -> dict[str, str]:
     unreported = [config.monitor.prompts, config.monitor.corpus, *_searched(config)]
     for name in sorted({*_texts(asdict(config.data)), *_texts(unreported), config.model}):
         paths = [path for entry in NAMED if entry.name == name and (path := local_file(entry))]
-        paths.append(ASSETS / "model" if name == "builtin" else Path(name.rpartition("pair-toxicity:")[2]))
+        paths += local_folders(name) if name == config.model else [Path(name.rpartition("pair-toxicity:")[2])]
         files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
         if files:
             found[name] = digest([_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files])

@@ -8,7 +8,7 @@ A patch is keys of a run's configuration; a key on its first level may be dotted
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,7 +86,8 @@ class Recipe:
     base: dict[str, Any] = field(default_factory=dict)
     """What all cells share."""
     budgets: dict[str, Any] = field(default_factory=dict)
-    """Patches over `base`, one of which --budget names; the first is the default. quick and full are there too, below it."""
+    """Patches over `base`, one of which --budget names; the first is the default. quick and full are there too, below it.
+    `grid` and `tune` in a patch lie over the recipe's: null takes a value of an axis, or all trials, away."""
     tune: Tuning | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     """Figures of the table by the name of their column; the headline's unless given."""
@@ -103,14 +104,31 @@ class Recipe:
         self.axes = {str(axis): _axis(str(axis), values) for axis, values in self.grid.items()}
         self._check_trials()
 
-    def budget(self, name: str | None) -> tuple[str, dict[str, Any]]:
-        """A budget's name, and `base` with it: the recipe's own over it, those of every run under it. None: the first."""
+    def under(self, name: str | None) -> tuple[str, "Recipe"]:
+        """A budget by name, None the first, and the recipe with it: its own lies over `base`, that of every run below."""
         name = name or next(iter(self.budgets or BUDGETS))
         if name in self.budgets:
-            return name, merge(expand(self.base), expand(mapping(f"budgets.{name}", self.budgets[name])))
+            patch = expand(mapping(f"budgets.{name}", self.budgets[name]))
+            grid, tune = self._changed(f"budgets.{name}.", patch)
+            return name, replace(self, grid=grid, tune=tune, base=merge(expand(self.base), patch))
         if name in BUDGETS:
-            return name, merge(BUDGETS[name], expand(self.base))
+            return name, replace(self, base=merge(BUDGETS[name], expand(self.base)))
         raise ExpungeError(f"unknown budget {name!r}{did_you_mean(name, {**BUDGETS, **self.budgets})}")
+
+    def _changed(self, place: str, patch: dict[str, Any]) -> tuple[dict[str, Any], Tuning | None]:
+        """`grid` and `tune` under a budget's patch, out of which they are taken."""
+        grid, tune = dict(self.grid), self.tune
+        for axis, values in mapping(f"{place}grid", patch.pop("grid", None)).items():
+            if not isinstance(values, list):
+                over = mapping(f"{place}grid.{axis}", values)
+                values = merge(mapping(f"grid.{axis}", grid.get(axis)), over)
+                values = {label: value for label, value in values.items() if over.get(label, {}) is not None}
+            grid[axis] = values
+        if "tune" in patch:
+            over = patch.pop("tune")
+            tree = merge(asdict(tune) if tune else {}, mapping(f"{place}tune", over))
+            tune = None if over is None else build(Tuning, tree, f"{place}tune.")
+        return (grid if tune else {axis: _untuned(values) for axis, values in grid.items()}), tune
 
     def as_written(self) -> dict[str, Any]:
         """Its keys, as mappings."""
@@ -193,6 +211,13 @@ def _axis(axis: str, values: Any) -> dict[str, Value]:
     return found
 
 
+def _untuned(values: Any) -> Any:
+    """An axis without its trials."""
+    if not isinstance(values, dict):
+        return values
+    return {label: {key: v for key, v in (value or {}).items() if key != "tune"} for label, value in values.items()}
+
+
 def _trials(place: str, trials: Any) -> list[dict[str, Any]]:
     """Settings as they are listed, or all combinations of the values of each key, the last key's changing first."""
     if isinstance(trials, list):
@@ -203,6 +228,9 @@ def _trials(place: str, trials: Any) -> list[dict[str, Any]]:
         found = [dict(zip(tree, values, strict=True)) for values in itertools.product(*lists)]
     if not all(found) or not found:
         raise ExpungeError(f"{place}: a trial without a setting; give keys with the values to try")
+    told = [expand(each) for each in found]
+    if twice := [text_of(each) for each, tree in zip(found, told, strict=True) if told.count(tree) > 1]:
+        raise ExpungeError(f"{place}: the trial {twice[0]} stands twice in it")
     return found
 
 

@@ -82,7 +82,7 @@ def run_sweep(
     groups, seeds = narrowed(sweep.groups, sweep.recipe, only)
     end = time.monotonic() + 60 * minutes if minutes is not None else None
     tried: set[str] = set()
-    with sweep.store.opened({"budget": sweep.budget, **sweep.recipe.as_written()}):
+    with sweep.store.opened({"budget": sweep.budget, **sweep.written.as_written()}):
         begun = True
         while begun:  # once more, as others may have finished the trials that a cell waited for
             begun = False
@@ -105,10 +105,10 @@ class Sweep:
     """A recipe under one budget, and what there is of it in a folder."""
 
     def __init__(self, file: Path, folder: Path, budget: str | None = None):
-        self.recipe = read_recipe(file)
+        self.written = read_recipe(file)
         try:
-            self.budget, _ = self.recipe.budget(budget)
-            self.groups = groups_of(self.recipe, budget)
+            self.budget, self.recipe = self.written.under(budget)
+            self.groups = groups_of(self.recipe)
         except ExpungeError as error:
             raise ExpungeError(f"{file}: {error}") from None
         self.store = Store(folder, file.stem)

@@ -23,7 +23,7 @@ from expunge.sweep.plan import Cell
 from expunge.whole import cannot_write, remove, write_text
 
 RECIPE = "sweep.yaml"
-KEPT_FOR_RESUME = ("checkpoints", "stages", "attacks")
+KEPT_FOR_RESUME = ("checkpoints", "stages")
 
 
 class Store:
@@ -115,9 +115,14 @@ class Store:
         return [Row(**row) for row in (self.record(cell) or {})["rows"]]
 
     def lighten(self, cell: Cell, keep_model: bool) -> None:
-        """Of a cell that is done keep results and samples, and the model where that is wished."""
+        """Of a cell that is done keep results and samples, what each attack chose and found, and the model where that is
+        wished."""
+        folder = self.run_folder(cell)
         for name in (*KEPT_FOR_RESUME, *(() if keep_model else ("model",))):
-            remove(self.run_folder(cell) / name)
+            remove(folder / name)
+        for part in folder.glob("attacks/*/*"):
+            if part.name != "case.json":
+                remove(part)
 
 
 def one_process() -> None:
