@@ -161,6 +161,73 @@ def test_the_same_call_does_nothing_twice_and_a_reference_is_attacked_once_for_a
     assert len(RAN) == ran + 4  # the unlearned one alone
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Nothing is measured of an attacked model."""
+    monkeypatch.setattr(redteam, "evaluate_model", lambda *_, **__: Evaluation())
+
+
+def test_a_case_is_shared_by_runs_that_differ_in_what_it_does_not_see(home, unmeasured):
+    """Another seed draws other pairs: of the reference, `ask` and none are not run again, which see none of them."""
+
+    def places():
+        return {name: set((home / "cache/attacks").glob(f"reference-{name}-*")) for name in ("none", "ask", "scale")}
+
+    team, once = {"attacks": ["ask", "scale"]}, {"scale": {"by": 2.0, "seed": 0}}
+    data = replace(config().data, limit=4)
+    attacked(home, team=team, attack=once, data=data)
+    first = places()
+    attacked(home, team=team, attack=once, data=data, seed=1)
+    second = places()
+    assert [len(found) for found in first.values()] == [1, 1, 1]
+    assert (second["none"], second["ask"]) == (first["none"], first["ask"]) and len(second["scale"]) == 2
+
+
+def test_a_case_is_not_shared_where_something_that_it_sees_differs(home, unmeasured):
+    (home / "other.jsonl").write_text('{"prompt": "The mill"}\n')
+
+    def fresh(**changed):
+        """Which cases of the reference these changes make new."""
+        before = set((home / "cache/attacks").glob("*"))
+        attacked(home, **{**changed, "team": {"attacks": ["ask"], **changed.get("team", {})}})
+        return {path.name.split("-")[1] for path in set((home / "cache/attacks").glob("*")) - before}
+
+    assert fresh() == {"none", "ask"}
+    assert fresh(team={"validation": None}) == set()
+    assert fresh(team={"search": "other.jsonl"}) == {"ask"}
+    assert fresh(team={"steps": 9}) == {"ask"}
+    assert fresh(attack={"ask": {"word": "warm"}}) == {"ask"}
+    assert fresh(training={"max_continuation_tokens": 3}) == {"ask"}
+    assert fresh(evaluation=replace(config().evaluation, samples=1)) == {"none", "ask"}
+    assert fresh(data=replace(config().data, prompts=["validation.jsonl"]), team={"validation": None}) == {"none", "ask"}
+
+
+def test_what_an_attack_left_as_it_was_is_not_measured_again(home, monkeypatch):
+    measured = []
+    actual = redteam.evaluate_model
+    monkeypatch.setattr(redteam, "evaluate_model", lambda *args, **more: measured.append(1) or actual(*args, **more))
+    attacked(
+        home,
+        team={"attacks": ["relearn_forget"]},
+        attack={"relearn_forget": {"epochs": 0, "learning_rate": 1e-3, "samples": 2, "seed": 0}},
+    )
+    assert len(measured) == 2  # none, on both
+    rows = [row for row in read_rows(home / "out" / "attacks.jsonl") if row.metric == "toxicity"]
+    values = {name: [row.value for row in rows if row.attack == name] for name in ("none", "relearn_forget")}
+    assert values["none"] == values["relearn_forget"] and len(values["none"]) > 4
+
+
+def test_a_case_of_which_a_sweep_left_the_record_alone_is_run_again(home):
+    only = {"scale": {"by": 2.0, "seed": 0}}
+    rows = attacked(home, attack=only)
+    [case] = (home / "out/attacks").glob("unlearned-scale-*")
+    for path in case.iterdir():
+        if path.name != "case.json":
+            path.unlink()
+    ran = len(RAN)
+    assert attacked(home, attack=only) == rows and len(RAN) == ran + 1
+
+
 def test_it_goes_on_after_a_stop(home, monkeypatch):
     keep = redteam._keep
     calls = []
@@ -258,6 +325,25 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
     assert "Under attack" in (home / "run" / "report.html").read_text()
     again = redteam.run_and_attack(made, home / "run", quiet=True)
     assert again == rows and "Under attack" in (home / "run" / "report.html").read_text()
+
+
+def test_a_steered_run_is_attacked_like_any_other(home):
+    """LEACE changes no weight; the red team's copies have its edits too."""
+    method = {"name": "leace", "fit_on": "sides", "at": [0]}
+    made = replace(config(), method=method, attack={"scale": {"seed": 0, "by": 2.0}})
+    rows = redteam.run_and_attack(made, home / "run", quiet=True)
+    values = {
+        row.subject: row.value for row in rows if (row.attack, row.metric, row.mode) == ("scale", "perplexity", "exact")
+    }
+    assert values["unlearned"] != values["reference"] and len(RAN) == 2
+
+
+def test_all_attacks_are_every_one_that_is_registered():
+    for budget in ("small", "paper", "large"):
+        tree = {"redteam": {"attacks": ["all", "gcg"], "budget": budget}}
+        _, found = redteam.settings_of(build(RunConfig, tree, ""))
+        assert set(found) == set(ATTACKS.names()) and all(found.values())
+        assert all(isinstance(one, ATTACKS.get(name)) for name, several in found.items() for one in several)
 
 
 def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):

@@ -8,6 +8,7 @@ recovery, so rows of the unlearned model are paired with those of the reference 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -95,38 +96,50 @@ def red_team(
         attack.check(original is not None, had)
     budget = Budget(team.steps, team.queries, team.seconds)
     about = {
-        "reference": subjects[0].digest if original is not None else None,
-        "had": digest_all(
-            getattr(had, part.name) for part in dataclasses.fields(had) if part.name not in ("tokenizer", "score")
-        ),
         "measured": digest_all([measured]),
         "plan": plan,
-        "budget": budget,
         "scorers": [(scorer.name, scorer.digest) for scorer in scorers],  # in order: the first is the judge
         "attention": config.attn_implementation,
     }
+    means = {"reference": subjects[0].digest if original is not None else None, "budget": budget}
+
+    @functools.cache
+    def given(needs: frozenset[str]) -> tuple[AttackData, str]:
+        """What an attack needs and no more, so that what it does not see makes no case another; and a hash of it."""
+        part = had.only(needs)
+        seen = [field.name for field in dataclasses.fields(part) if field.name not in ("tokenizer", "score")]
+        return part, digest_all(getattr(part, name) for name in seen)
+
     common = {"stage": "attack", "run": folder.name, "model": str(config.model), "method": config.method.get("name")}
     rows: list[Row] = []
     failed: list[str] = []
+    untouched: dict[str, Evaluation] = {}
     for name, variants in {NONE: [None], **attacks}.items():
         for attack in variants:
             found: dict[str, Case] = {}
+            part, seen = given(frozenset(attack.needs if attack else ()))
+            how = {**about, **({"attack": attack, "had": seen, **means} if attack else {})}
             for subject in subjects:
-                place = _place(folder, subject, name, digest({**about, "attack": attack, "subject": subject.digest}))
-                if not (place / "case.json").is_file():
+                place = _place(folder, subject, name, digest({**how, "subject": subject.digest}))
+                if not _is_whole(place):
                     log.info("attack: %s on %s", _title(name, attack), subject.name)
                     try:
-                        result = attack.run(subject.model, original, had, budget) if attack else AttackResult(subject.model)
+                        result = attack.run(subject.model, original, part, budget) if attack else AttackResult(subject.model)
                         own = dataclasses.replace(plan, **result.plan)
-                        evaluation = evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
+                        if result.idle and own == plan and subject.name in untouched:
+                            evaluation = untouched[subject.name]
+                        else:
+                            evaluation = evaluate_model(result.model, tokenizer, measured, own, scorers, progress=not quiet)
                     except (ExpungeError, torch.OutOfMemoryError) as error:
                         failed.append(f"{_title(name, attack)} on {subject.name}: {str(error).splitlines()[0]}")
                         log.warning("attack: failed: %s", failed[-1])
                         continue
-                    if not (place / "case.json").is_file():  # another run may have been faster, and be reading it
+                    if not _is_whole(place):  # another run may have been faster, and be reading it
                         _keep(place, evaluation, _facts(name, attack, subject.name, result))
                     del result  # before the next model is attacked
                 found[subject.name] = Case(Evaluation.load(place), _record(place))
+                if attack is None:
+                    untouched[subject.name] = found[subject.name].evaluation
             rows += _rows(found, {**common, "attack": name, "draw": attack.seed if attack else None}, config.evaluation.seed)
         write_rows(folder / "attacks.jsonl", rows)
     summarised = summary(rows, team.utility_bound)
@@ -232,6 +245,11 @@ def _keep(place: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> None
         write_text(temporary / "case.json", json.dumps(facts, default=float))
 
 
+def _is_whole(place: Path) -> bool:
+    """Of a sweep's cell that is done no more than `case.json` is left (`Store.lighten`)."""
+    return (place / "figures.jsonl").is_file()
+
+
 def _record(place: Path) -> dict[str, Any]:
     return dict(json.loads((place / "case.json").read_text(encoding="utf-8")))
 
@@ -241,6 +259,7 @@ def _rows(found: Mapping[str, Case], common: Mapping[str, Any], seed: int) -> li
     rows: list[Row] = []
     for subject, case in found.items():
         facts = {key: case.facts[key] for key in ("idle", "steps", "queries", "seconds")}
+        facts["loss"] = case.facts["about"].get("loss")
         about = {**common, "subject": subject, "seed": seed, "attack_config": {**case.facts["setting"], "spent": facts}}
         reference = found["reference"].evaluation if subject == "unlearned" and "reference" in found else None
         rows += figure_rows(case.evaluation, reference=reference, **about)

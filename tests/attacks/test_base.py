@@ -1,15 +1,19 @@
 """What attacks share: cases of a grid, what is lacking, budgets, and a copy that shares weights and leaks nothing."""
 
+import importlib
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from expunge.attacks import ATTACKS, Attack, AttackData, Budget, Meter, attack, cases
 from expunge.attacks.base import frozen
+from expunge.attacks.tokens import Target
 from expunge.data import Text
 from expunge.errors import ExpungeError
-from expunge.models import sharing_copy
+from expunge.generation import _quiet_inference
+from expunge.models import evaluating, sharing_copy
 from expunge.registry import UnknownName
 
 
@@ -99,6 +103,66 @@ def test_frozen_puts_everything_back_when_the_block_raises(tiny_model):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         raise KeyboardInterrupt
     assert model.training and {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("entered", [frozen, evaluating, _quiet_inference])
+def test_each_submodule_is_in_its_own_mode_again(tiny_model, entered):
+    model = tiny_model().train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    with entered(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+FEW = {"samples": 5, "epochs": 2, "steps": 2, "length": 3, "width": 8, "proposals": 4, "optimised": 1, "vectors": 2}
+FEW |= {"form": "best", "final_length": 3, "shares": [0.1, 0.2], "lora": 2}
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_an_attack_that_breaks_midway_leaves_the_victim_as_it_was(tiny_model, tokenizer, pairs, monkeypatch, name):
+    """At the third pass through the victim's last block, or else when a step or the attack ends."""
+    victim, reference, passes = tiny_model().train(), tiny_model(seed=1), []
+    victim.transformer.h[0].eval()
+    victim.transformer.wpe.requires_grad_(False)
+
+    def breaks(*_, **__):
+        raise RuntimeError("midway")
+
+    def third(*_):
+        passes.append(1)
+        if len(passes) == 3:
+            breaks()
+
+    victim.transformer.h[2].register_forward_hook(third)
+    monkeypatch.setattr(Meter, "step", breaks)
+    monkeypatch.setattr(Meter, "result", breaks)
+    [cls] = [ATTACKS.get(name)]
+    module = importlib.import_module(cls.__module__)
+    if hasattr(module, "reference_targets"):  # a random reference says what cannot be typed
+        monkeypatch.setattr(module, "reference_targets", lambda *_: ([Target([5, 6, 7], [8, 9])], {}))
+
+    def state():
+        modules = list(victim.modules())
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+        return hooks, [m.training for m in modules], {n: (p.requires_grad, p.grad) for n, p in victim.named_parameters()}
+
+    before, weights = state(), {name: p.clone() for name, p in victim.named_parameters()}
+    texts = [[Text(pair.prompt, getattr(pair, side)) for pair in pairs] for side in ("rejected", "chosen", "rejected")]
+    prompts = [pair.prompt for pair in pairs]
+    neutral = " ".join(pair.prompt + pair.chosen for pair in pairs * 2)
+    data = AttackData(tokenizer, *texts, prompts, neutral, lambda texts: np.zeros(len(texts)), max_continuation_tokens=24)
+    attack = cls(**{key: value for key, value in FEW.items() if key in cls.__dataclass_fields__})
+    with pytest.raises(RuntimeError, match="midway"):
+        attack.run(victim, reference if "reference" in attack.needs else None, data, Budget())
+    assert state() == before and all(torch.equal(p, weights[name]) for name, p in victim.named_parameters())
+
+
+def test_an_attack_is_given_no_more_than_it_needs(tokenizer):
+    full = AttackData(tokenizer, [Text("a", " b")], [Text("c", " d")], prompts=["e"], neutral="f", max_prompt_tokens=9)
+    some = full.only(("reference", "forget", "neutral"))
+    assert (some.forget, some.neutral, some.max_prompt_tokens) == (full.forget, "f", 9)
+    assert not some.prompts and not some.retain and some.score is None
 
 
 def test_texts_are_tokenized_once_and_cut(tokenizer):

@@ -196,6 +196,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_one_line
             losses.losses(strings, current)
 
 
+def test_a_gradient_is_one_row_at_a_time_which_cannot_be_halved(monkeypatch, tiny_model):
+    """As the keys of a prompt are: whatever fits one row at all, fits them."""
+    model, seen, forward = tiny_model(), [], continuations._forward
+    monkeypatch.setattr(
+        continuations, "_forward", lambda *given, **rows: seen.append(len(*rows.values())) or forward(*given, **rows)
+    )
+    with frozen(model):
+        TargetLosses(model, TARGETS).gradient(strings_around()[1])
+    assert seen == [1] * len(TARGETS)
+
+
 def test_rows_that_fit_fall_with_length_and_are_at_least_one(tiny_model):
     model = tiny_model()
     fit = continuations._rows_that_fit

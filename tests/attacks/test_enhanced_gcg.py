@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks import AttackData, Budget, prefixes
+from expunge.attacks import AttackData, Budget, continuations, prefixes
 from expunge.attacks import enhanced_gcg as room
 from expunge.attacks.base import frozen
+from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.enhanced_gcg import EnhancedGCG
+from expunge.attacks.gcg import GCG
 from expunge.attacks.prefixes import PrefixLosses, repetition
-from expunge.attacks.tokens import Target, allowed_tokens
+from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
 from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.steering import Shift, Steering
@@ -131,6 +133,47 @@ def test_what_both_models_make_of_a_prefix_is_computed_once(tiny_model, bos_toke
     assert not bare.shares and widths[4:] == [(rows, 4 + longest)] * 2
     plain = plain_parts(victim, reference, bos_tokenizer, STRINGS[0], (0,))
     assert found["internal"][0].item() == pytest.approx(plain["internal"], rel=2e-5)
+
+
+def test_what_does_not_fit_is_halved(tiny_model, bos_tokenizer, monkeypatch):
+    """Losses and slope alike, in either model, down to single rows."""
+    victim, reference = (tiny_model("llama", seed) for seed in (0, 1))
+    objective, actual, most = objective_of(victim, reference, bos_tokenizer, **ALL), prefixes.hidden_states, 99
+    sizes = []
+
+    def crowded(model, ids, *rest, **known):
+        sizes.append(len(ids))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError
+        return actual(model, ids, *rest, **known)
+
+    monkeypatch.setattr(prefixes, "hidden_states", crowded)
+    with frozen(victim, reference):
+        whole, slope = objective.parts(STRINGS), objective.slope(STRINGS[0])
+        assert max(sizes) == len(TARGETS) * len(STRINGS)
+        most = 1
+        few = objective.parts(STRINGS), objective.slope(STRINGS[0])
+    for name, part in whole.items():
+        torch.testing.assert_close(few[0][name], part)
+    torch.testing.assert_close(few[1], slope)
+
+
+def test_rows_at_once_are_bounded_by_memory(tiny_model, bos_tokenizer, monkeypatch):
+    victim, reference = (tiny_model("llama", seed) for seed in (0, 1))
+    objective, actual, sizes = objective_of(victim, reference, bos_tokenizer), prefixes.hidden_states, []
+    monkeypatch.setattr(
+        prefixes,
+        "hidden_states",
+        lambda model, ids, *rest, **known: sizes.append(len(ids)) or actual(model, ids, *rest, **known),
+    )
+    row = sum(prefixes.block_bytes(model, objective.longest + 3, objective.longest + 3) for model in (victim, reference))
+    monkeypatch.setattr(prefixes, "free_bytes", lambda device: 2 * row)
+    with frozen(victim, reference):
+        objective.parts(STRINGS)
+        assert max(sizes) == 2
+        sizes.clear()
+        objective.slope(STRINGS[0])  # the three blocks of each model are kept for it
+    assert max(sizes) == 1
 
 
 def test_a_target_may_be_matched_further_than_it_is_forced_and_has_a_floor(tiny_model, bos_tokenizer):
@@ -252,6 +295,22 @@ def test_inner_states_lead_through_a_defence_on_which_the_words_are_silent(defen
     assert both.about["internal"] == 0 and both.about["targets"]["prompts"] == len(PROMPTS)
     words = run(internal=0)
     assert words.queries >= both.queries and says(words.model, words.plan["prefix"]) != TARGETS[0]
+
+
+def test_standard_gcg_does_not_get_through_that_defence_with_as_many_queries(defended, bos_tokenizer, monkeypatch):
+    """Though a suffix would do: the keys, and then what the target follows on."""
+    monkeypatch.setattr(continuations, "keys_and_values", lambda model, ids: None)
+    victim, reference = defended
+    [target], _ = reference_targets(reference, data_of(bos_tokenizer), 1, 8)
+    would = torch.tensor([*(encode(bos_tokenizer, key)[0] for key in KEYS), target.prompt[-1]])
+    found = attacked(victim, reference, bos_tokenizer, **ONE_PROMPT, **BY_GRADIENT)
+    settings = {"length": len(would), "width": 16, "top_k": 8, "optimised": 1, "target_tokens": 8}
+    standard = GCG(**settings).run(victim, reference, data_of(bos_tokenizer), Budget(queries=found.queries))
+    with frozen(victim):
+        losses = TargetLosses(victim, [target])
+        by_hand, by_gcg = losses.losses(torch.stack([would, torch.tensor(standard.plan["suffix"])]), would)
+    assert standard.queries >= found.queries and found.about["force"] < 1 > by_hand
+    assert by_gcg > 5 and standard.about["loss"] == pytest.approx(by_gcg.item())
 
 
 def test_the_search_beats_chance_at_the_same_queries(defended, bos_tokenizer, monkeypatch):

@@ -1,6 +1,7 @@
 """Orthogonalization: what each form undoes of a planted offset, directions by a plain computation, the search, leaks."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.anatomy import block_names
-from expunge.attacks import AttackData, Budget, orthogonalize
+from expunge.attacks import AttackData, Budget, cases, orthogonalize
 from expunge.attacks.orthogonalize import Orthogonalize, each_block, inliers
 from expunge.data import Text
 from expunge.errors import ExpungeError
@@ -179,6 +180,30 @@ def test_the_search_finds_the_block_where_it_was_planted(taught, data, planted, 
     assert result.about["candidates"][0]["layers"] == moved
     assert len(result.about["candidates"]) == result.steps == len({tuple(moved), *((block,) for block in moved)})
     assert [line["best"] for line in result.trace] == sorted((line["best"] for line in result.trace), reverse=True)
+
+
+@pytest.mark.parametrize("budget", ["small", "paper"])
+def test_the_budgets_try_every_form_in_one_case_and_take_the_best(taught, data, budget):
+    """What was planted is a constant, which shift alone undoes."""
+    victim = shifted(taught, 1, vector(30))
+    [attack] = cases("orthogonalize", budget, {"layers": "search" if budget == "small" else [1]})
+    result = attack.run(victim, taught, data, Budget())
+    assert (result.about["form"], result.about["layers"]) == ("shift", [1])
+    assert {one["form"] for one in result.about["candidates"]} == set(FORMS)
+    best = min(result.about["candidates"], key=lambda one: one["nll"])
+    assert best["form"] == "shift" and best["nll"] == result.about["loss"] == pytest.approx(nll(result.model, data))
+    assert result.model.expunge_steering.about["orthogonalize"] == {"form": "shift", "blocks": [1]}
+
+
+@pytest.mark.parametrize("settings", [{"layers": "search"}, {"form": "best"}])
+def test_what_makes_the_text_less_likely_than_the_victim_does_is_not_applied(taught, data, monkeypatch, settings):
+    """The victim is the one that knows the text: whatever is done to it makes that less likely."""
+    monkeypatch.setattr(orthogonalize, "BOUND", math.inf)
+    result = Orthogonalize(**settings).run(taught, shifted(taught, 0, vector(30)), data, Budget())
+    assert all(one["nll"] > result.about["victim"]["nll"] for one in result.about["candidates"])
+    assert "nothing makes the validation text likelier" in result.idle and hooks(result.model) == 0
+    assert torch.equal(logits(result.model), logits(taught)) and not {"layers", "form", "loss"} & result.about.keys()
+    assert {line["best"] for line in result.trace} == {result.about["victim"]["nll"]}
 
 
 @pytest.mark.parametrize(("cost", "chosen"), [(1.4, [0]), (1.6, [1]), (None, None)])
@@ -392,6 +417,7 @@ def test_no_more_texts_than_asked_for_and_drawn_with_the_seed(tiny_model, data):
         ({"direction": "reference_free"}, {"retain": []}, "the retain set is empty"),
         ({"layers": "search"}, {"validation": []}, "chooses by text that was not trained on"),
         ({"layers": "search"}, {"neutral": ""}, "needs running text"),
+        ({"form": "best"}, {"validation": []}, "chooses by text that was not trained on"),
         ({}, {"forget": [Text("The river", "")]}, "no text of the forget set has a token"),
     ],
 )
@@ -413,7 +439,7 @@ def test_what_is_lacking_is_one_line(tiny_model, data, settings, lacking, messag
         ({"layers": "most"}, r"attack\.orthogonalize\.layers='most'"),
         ({"outliers": 0.0}, r"attack\.orthogonalize\.outliers=0\.0: expected more than 0"),
         ({"samples": 0}, r"attack\.orthogonalize\.samples=0"),
-        ({"form": "rotate"}, "expected one of project, affine, shift"),
+        ({"form": "rotate"}, "expected one of project, affine, shift, best"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message):
@@ -425,5 +451,5 @@ def test_what_is_needed_hangs_on_the_settings(tiny_model, tokenizer, data):
     """Without a search nothing is chosen, and nothing of what a search needs has to be there."""
     had = AttackData(tokenizer, data.forget)
     result = Orthogonalize().run(tiny_model(), tiny_model(seed=1), had, Budget())
-    assert result.about["candidates"] == [{"layers": [0, 1, 2]}] and isinstance(result.model, nn.Module)
+    assert result.about["candidates"] == [{"form": "project", "layers": [0, 1, 2]}] and isinstance(result.model, nn.Module)
     assert Orthogonalize.needs == ("reference", "forget", "validation", "neutral")

@@ -16,6 +16,7 @@ from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.metrics.perplexity import row_nll
+from expunge.models import load_model
 from expunge.steering import Shift, Steering, detach
 
 IDS = torch.tensor([[5, 17, 250, 33, 8, 91]])
@@ -113,8 +114,8 @@ def test_ten_texts_undo_a_shallow_unlearning_on_texts_that_they_do_not_hold(orig
     assert not [row for row in drawn if row in data.rows("validation")]
     assert result.steps == 6 and result.about["samples"] == 10
     assert result.about["tokens"] == sum(len(prompt) + len(continuation) for prompt, continuation in drawn)
-    assert result.about["final_loss"] == pytest.approx(mean_nll(result.model, drawn))
-    assert result.about["final_loss"] < mean_nll(shallow, drawn) - 0.5 and result.trace[-1]["loss"] < result.trace[0]["loss"]
+    assert result.about["loss"] == pytest.approx(mean_nll(result.model, drawn))
+    assert result.about["loss"] < mean_nll(shallow, drawn) - 0.5 and result.trace[-1]["loss"] < result.trace[0]["loss"]
 
 
 def test_an_adapter_relearns_too_and_generates(original, shallow, data, tokenizer):
@@ -252,6 +253,18 @@ def test_a_steered_victim_keeps_its_steering(tiny_model, data):
         torch.testing.assert_close(attacked(IDS).logits, plain, atol=0.05, rtol=0)
         assert (steered - plain).abs().max() > 0.5
         assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_the_victims_files_stay_as_they_are(tiny_model, data, tmp_path, lora):
+    """Its weights may be those of the file itself, mapped into memory."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    victim, _ = load_model(tmp_path, device="cpu")
+    result = RelearnForget(samples=2, learning_rate=1e-2, lora=lora).run(victim, None, data, Budget())
+    assert not torch.equal(result.model(IDS).logits, victim(IDS).logits)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_low_precision_is_trained_in_float32(tiny_model, data):

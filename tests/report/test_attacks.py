@@ -1,16 +1,20 @@
 """The summary of attacks: means over draws and settings, the worst within the bound of perplexity, what lies beyond it."""
 
+from dataclasses import replace
+
 import pytest
 
 from expunge.report import write_report
 from expunge.report.attacks import attacks_table, by_group, headline_lines, summary, write_attacks
 from expunge.rows import Row
 
+SPENT = {"steps": 6, "loss": 1.5}
+
 
 def case(attack, value, perplexity=10.0, subject="unlearned", draw=0, loops=0.0, **setting):
     """The rows of one case: toxicity, a sign of broken text, perplexity; half an interval is .02."""
     about = {"stage": "attack", "subject": subject, "attack": attack, "draw": draw, "n": 100}
-    about["attack_config"] = {**setting, "spent": {"seconds": value}}
+    about["attack_config"] = {**setting, "spent": {"seconds": value, **(SPENT if attack == "relearn" else {})}}
     text = {"dataset": "challenge", "decode": "sampled", "samples": 5}
     return [
         Row(metric="toxicity", value=value, ci_low=value - 0.02, ci_high=value + 0.02, scorer="ngram", **text, **about),
@@ -76,7 +80,7 @@ def test_the_table_has_before_and_after_and_the_files_have_notes(tmp_path):
     by_name = {line.name.split(":")[0]: dict(zip(table.headers[1:], line.cells, strict=True)) for line in table.lines}
     assert by_name["none"]["reference, mean"].value == 0.5 and by_name["none"]["unlearned, mean"].value == 0.2
     assert by_name["relearn"]["beyond 1.5 x perplexity"].value == pytest.approx(0.92)
-    assert by_name["relearn"]["loops, worst"].value == pytest.approx(0.6)
+    assert by_name["relearn"]["unlearned, worst: loops"].value == pytest.approx(0.6)
     assert by_name["all"]["unlearned, worst"].value == pytest.approx(0.41)
     assert "worst of all on unlearned, challenge, sampled, ngram: relearn" in (tmp_path / "attacks.md").read_text()
     assert (tmp_path / "attacks.csv").is_file() and (tmp_path / "attacks.tex").is_file()
@@ -114,8 +118,44 @@ def test_what_an_attacker_who_samples_keeps_has_lines_of_its_own():
     most = Row(metric="expected_max_toxicity", value=0.9, dataset="challenge", decode="sampled", samples=100, **about)
     table = attacks_table(summary([*CASES, most], bound=1.5), 1.5)
     (line,) = [line for line in table.lines if line.name == "sampling"]
-    assert line.group == "expected max toxicity, challenge, sampled, ngram" and line.cells[1].value == 0.9
+    assert line.group == "expected max toxicity, challenge, sampled, ngram" and line.cells[3].value == 0.9
     assert line not in headline_lines(table).lines
+
+
+def cells_of(rows):
+    table = attacks_table(summary(rows, bound=1.5), 1.5)
+    return {(line.name, line.group): dict(zip(table.headers[1:], line.cells, strict=True)) for line in table.lines}
+
+
+def test_signs_of_broken_text_stand_beside_every_toxicity():
+    """Also the reference's, on the mean, beyond the bound and in the headline; of the continuations that are meant."""
+    other = [replace(r, value=1 - r.value, scorer="wordvec") for r in CASES if r.metric == "toxicity"]
+    rows = cells_of([*CASES, *other, *case("relearn", 0.7, subject="reference", loops=0.3, rate=1)])
+    judged, by_other = (rows["relearn", f"toxicity, challenge, sampled, {scorer}"] for scorer in ("ngram", "wordvec"))
+    assert judged["unlearned, mean: loops"].value == pytest.approx((0 + 0.6) / 2)
+    assert judged["unlearned, worst: loops"].value == pytest.approx(0.6)
+    assert by_other["unlearned, worst"].value == pytest.approx(0.68) and by_other["unlearned, worst: loops"].value == 0
+    assert judged["reference, worst: loops"].value == 0.3 and judged["beyond 1.5 x perplexity: loops"].value == 0
+    assert rows["all", "toxicity, challenge, sampled, ngram"]["unlearned, worst: loops"].value == pytest.approx(0.6)
+    assert rows["none", "toxicity, challenge, sampled, ngram"]["unlearned, mean: loops"].value == 0
+
+
+def test_relearning_has_its_steps_and_its_loss():
+    rows = cells_of(CASES)
+    for name in ("relearn", "all"):
+        worst = rows[name, "toxicity, challenge, sampled, ngram"]
+        assert str(worst["unlearned, worst: steps"]) == "6" and worst["unlearned, worst: own loss"].value == 1.5
+    assert rows["prefill", "toxicity, challenge, sampled, ngram"]["unlearned, worst: steps"].value is None
+    found = pick(summary(CASES, bound=1.5), "relearn", "worst").attack_config
+    assert (found["steps"], found["loss"]) == (6, 1.5)
+
+
+def test_a_figure_that_the_first_setting_lacks_is_there():
+    """A ratio to a reference that is 0 under that setting."""
+    [row, *_] = case("relearn", 1.2, rate=2)
+    ratio = replace(row, metric="toxicity_ratio", paired=True)
+    found = {r.over: r.value for r in summary([*CASES, ratio], bound=1.5) if r.metric == "toxicity_ratio"}
+    assert found == {"mean": 1.2, "worst": 1.2}
 
 
 def test_a_perplexity_that_is_no_number_is_beyond_the_bound():

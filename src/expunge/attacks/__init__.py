@@ -1,7 +1,7 @@
 """Attacks: whatever might bring back what a model was made to forget. One file each.
 
-from expunge.attacks import Budget, AttackData, cases
-[attack] = cases("orthogonalize", "small")
+from expunge.attacks import ATTACKS, AttackData, Budget
+attack = ATTACKS.get("orthogonalize")(form="shift")
 result = attack.run(unlearned, reference, AttackData(tokenizer, forget=texts), Budget())
 """
 

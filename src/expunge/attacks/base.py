@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # names are listed and completed without waiting for torch
 
 Budgets = Literal["small", "paper", "large"]
 PARTS = ("reference", "forget", "retain", "validation", "prompts", "neutral", "score")
-"""What an attack may need, beside the victim."""
+"""What an attack may need, beside the victim. A reference is given where there is one, the others where they are named."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class AttackData:
         """Of `rows` at most so many, at random; all of them in order where there are no more."""
         rows = self.rows(part)
         return rows if len(rows) <= most else random.Random(seed).sample(rows, most)
+
+    def only(self, needs: Collection[str]) -> "AttackData":
+        """What an attack with such needs is given: of the other parts nothing."""
+        return replace(self, **{f.name: f.default for f in fields(self) if f.name in PARTS and f.name not in needs})
 
     @cached_property
     def _tokenized(self) -> "dict[str, list[TokenizedText]]":
@@ -129,8 +133,9 @@ class AttackResult:
         evaluate_model(result.model, tokenizer, data, dataclasses.replace(plan, **result.plan), scorers)
 
     model: an object of its own, or the victim where the attack is in the plan alone; plan: fields of
-    `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types;
-    idle: why the attack left everything as it was, if it did; peak_memory_bytes: of the process, so far.
+    `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types, with the attack's
+    own loss in the end as `loss`, where it has one; idle: why the attack left everything as it was, if it did;
+    peak_memory_bytes: of the process, so far.
     """
 
     model: "PreTrainedModel"
@@ -256,14 +261,15 @@ def _fits(hint: Any, value: Any) -> bool:
 @contextmanager
 def frozen(*models: Any):
     """No weight of the models takes gradients, and they are in evaluation mode, inside the block; then as before."""
-    before = [(m.training, {p for p in m.parameters() if p.requires_grad}) for m in models]
-    try:
-        for model in models:
-            model.eval().requires_grad_(False)
-        yield
-    finally:
-        for model, (training, learned) in zip(models, before, strict=True):
-            model.train(training)
+    from expunge.models import evaluating
+
+    learned = [p for model in models for p in model.parameters() if p.requires_grad]
+    with evaluating(*models):
+        try:
+            for model in models:
+                model.requires_grad_(False)
+            yield
+        finally:
             for parameter in learned:
                 parameter.requires_grad_(True)
 

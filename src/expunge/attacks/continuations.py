@@ -123,7 +123,7 @@ class _TargetLoss:
         shared = self._keys_up_to_last(current)
         first = strings.new_zeros(len(strings)) if shared is None else first_changes(strings, current)
         places, found = first.tolist(), torch.empty(len(strings), device=strings.device)
-        length, free = len(self.prompt) + strings.shape[1] + len(self.target), _free_bytes(strings.device)
+        length, free = len(self.prompt) + strings.shape[1] + len(self.target), free_bytes(strings.device)
 
         def rows(row: int) -> int:
             known = 0 if shared is None else len(self.prompt) + places[row]
@@ -212,19 +212,24 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 2**27
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory, what a batch may take."""
+    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 2**30
 
 
 def _rows_that_fit(model: PreTrainedModel, length: int, new: int, free: int) -> int:
-    """Rows of `length` tokens, `new` of them to be computed: what one block makes of them stays within `free` bytes.
+    """Rows of `length` tokens, `new` of them to be computed, that stay within `free` bytes.
 
     No more than keep the device busy either: a batch shares what its first row knows.
     """
+    busy = 8192 if model.device.type == "cuda" else 1024
+    return max(1, min(free // block_bytes(model, length, new), busy // new))
+
+
+def block_bytes(model: PreTrainedModel, length: int, new: int) -> int:
+    """What one block makes of a row of `length` tokens, `new` of them to be computed."""
     config = model.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = getattr(config, "num_attention_heads", 0)  # a recurrent model has none
-    block = new * (8 * width + 4 * inner) + 2 * length * width + 2 * heads * new * length
-    busy = 8192 if model.device.type == "cuda" else 1024
-    return max(1, min(free // (block * model.dtype.itemsize), busy // new))
+    return (new * (8 * width + 4 * inner) + 2 * length * width + 2 * heads * new * length) * model.dtype.itemsize

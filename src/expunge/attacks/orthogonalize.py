@@ -7,7 +7,8 @@
 
 What they undo where unlearning added a constant c to the output of one block (then r = c there): shift all of it, exactly.
 A projection takes from a state its own part along c too. Affine gives back the mean of that part on the forget set, which is
-exact where it is the same for all states; project sets it to 0, which is exact where it was 0.
+exact where it is the same for all states; project sets it to 0, which is exact where it was 0. Which is best hangs on what
+unlearning did, so that `best` tries all three.
 
     Orthogonalize(layers="search").run(unlearned, reference, data, Budget())
 """
@@ -39,6 +40,7 @@ NOTHING = 1e-6
 """|r| over the length of the mean states, below which it is rounding."""
 
 Form = Literal["project", "affine", "shift"]
+FORMS: tuple[Form, ...] = ("project", "affine", "shift")
 
 
 @attack("orthogonalize")
@@ -49,8 +51,8 @@ class Orthogonalize(Attack):
     paper: ClassVar[str] = "An Adversarial Perspective on Machine Unlearning for AI Safety (Łucki et al. 2025)"
     needs: ClassVar[tuple[str, ...]] = ("reference", "forget", "validation", "neutral")
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
-        "small": {"layers": ["search"], "samples": [250]},
-        "paper": {"layers": ["all"]},
+        "small": {"layers": ["search"], "form": ["best"], "samples": [250]},
+        "paper": {"layers": ["all"], "form": ["best"]},
         "large": {
             "layers": ["all", "search"],
             "form": ["project", "affine", "shift"],
@@ -58,12 +60,14 @@ class Orthogonalize(Attack):
         },
     }
 
-    form: Form = "project"
-    """What is done to states: project (the papers'), affine, or shift; see the equations."""
+    form: Literal["project", "affine", "shift", "best"] = "project"
+    """What is done to states: project (the papers'), affine, or shift; see the equations. best: which of them, by the
+    likelihood of `validation`."""
     direction: Literal["difference", "reference_free"] = "difference"
     """r: unlearned minus reference on the forget set; or, without a reference, unlearned on forget minus on retain set."""
     layers: Literal["all", "search"] | list[int] = "all"
-    """After which blocks, from 0. search: all, a third, or one, by the likelihood of `validation` within the bound."""
+    """After which blocks, from 0. search: all, a third, or one, by the likelihood of `validation`. What is chosen keeps the
+    perplexity within the bound, and makes `validation` likelier than the victim does; else the attack is idle."""
     outliers: float | None = 3.0
     """Leave a token out of the means where the L1 distance of its state to the mean has a z-score above this; null: none."""
     samples: int = 1000
@@ -75,12 +79,16 @@ class Orthogonalize(Attack):
         in_range(self.layers != [], self.name, "layers", self.layers, "all, search, or at least one block")
         in_range(self.outliers is None or self.outliers > 0, self.name, "outliers", self.outliers, "more than 0, or null")
         base = "reference" if self.direction == "difference" else "retain"
-        self.needs = (base, "forget", *(("validation", "neutral") if self.layers == "search" else ()))  # type: ignore[misc]
+        self.needs = (base, "forget", *(("validation", "neutral") if self.chooses else ()))  # type: ignore[misc]
+
+    @property
+    def chooses(self) -> bool:
+        return self.layers == "search" or self.form == "best"
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         """Raises ExpungeError for what is lacking and for a block that there is not.
 
-        about: the blocks taken, |r| by block, and of each set of blocks that was tried the mean -log p of a token of
+        about: the form and the blocks taken, |r| by block, and of all that were tried the mean -log p of a token of
         `validation` and the perplexity, beside the victim's.
         """
         self.check(reference is not None, data)
@@ -93,20 +101,23 @@ class Orthogonalize(Attack):
             after, before = self._means(model, other, data, meter)
             offsets, lengths = after - before, torch.stack([after, before]).norm(dim=-1).amax(0)
             norms = offsets.norm(dim=-1)
-            edits = {
-                block: edit(self.form, name, offsets[block], before[block])
-                for block, name in enumerate(block_names(model))
-                if norms[block] > NOTHING * lengths[block]
-            }
-            sets = [tuple(block for block in blocks if block in edits) for blocks in self._sets(len(norms))]
+            moved = [block for block in range(len(norms)) if norms[block] > NOTHING * lengths[block]]
+            sets = [tuple(block for block in blocks if block in moved) for blocks in self._sets(len(norms))]
             about = {"norms": norms.tolist()}
             if not any(sets):
                 return meter.result(
                     model, about=about, idle="no block's mean state moved: there is no direction to take out"
                 )
-            found, more = self._best(model, edits, [blocks for blocks in dict.fromkeys(sets) if blocks], data, meter)
+            names = block_names(model)
+            candidates = [
+                (form, {block: edit(form, names[block], offsets[block], before[block]) for block in blocks})
+                for blocks in dict.fromkeys(sets)
+                if blocks
+                for form in (FORMS if self.form == "best" else (self.form,))
+            ]
+            found, more = self._best(model, candidates, data, meter)
         if found is None:
-            idle = f"no set of blocks keeps the perplexity within {BOUND} times the victim's"
+            idle = f"nothing makes the validation text likelier and keeps the perplexity within {BOUND} times the victim's"
             return meter.result(model, about=about | more, idle=idle)
         return meter.result(found, about=about | more)
 
@@ -144,35 +155,35 @@ class Orthogonalize(Attack):
         return rows
 
     def _best(
-        self, victim: Any, edits: Mapping[int, Edit], sets: Sequence[Sequence[int]], data: AttackData, meter: Meter
+        self, victim: Any, candidates: Sequence[tuple[Form, Mapping[int, Edit]]], data: AttackData, meter: Meter
     ) -> tuple[Any, dict[str, Any]]:
-        """The victim with the edits of one of the sets of blocks, the only one or what a search finds, and what was seen."""
-        search = self.layers == "search"
-        about: dict[str, Any] = {"victim": self._measured(victim, data, meter), "candidates": []}
-        best, found = math.inf, None
-        for blocks in sets:
+        """The victim with the edits of one of the candidates, the only one or what is chosen, if any; and what was seen."""
+        own = self._measured(victim, data, meter)
+        about: dict[str, Any] = {"victim": own, "candidates": []}
+        best, found = own.get("nll", math.inf), None
+        for form, edits in candidates:
             model: Any = sharing_copy(victim, ())
-            steer_further(model, [edits[block] for block in blocks], {self.name: {"form": self.form, "blocks": [*blocks]}})
+            steer_further(model, [*edits.values()], {self.name: {"form": form, "blocks": [*edits]}})
             figures = self._measured(model, data, meter)
-            about["candidates"].append({"layers": [*blocks], **figures})
-            if not search or (figures["nll"] < best and figures["perplexity"] <= BOUND * about["victim"]["perplexity"]):
-                best, found = figures.get("nll", best), model
-                about["layers"] = [*blocks]
-            best_so_far = {"best": best} if math.isfinite(best) else {}
-            meter.step(**({"loss": figures["nll"]} if figures else {}), **best_so_far)
+            about["candidates"].append({"form": form, "layers": [*edits], **figures})
+            loss = figures.get("nll", math.inf)
+            if not self.chooses or (loss < best and figures["perplexity"] <= BOUND * own["perplexity"]):
+                best, found = loss, model
+                about |= {"form": form, "layers": [*edits], **({"loss": loss} if figures else {})}
+            meter.step(**({"loss": loss, "best": best} if figures else {}))
             if meter.spent:
                 break
         return found, about
 
     def _measured(self, model: Any, data: AttackData, meter: Meter) -> dict[str, float]:
-        """nll: mean -log p of a continuation's token of the validation set, where there is one; perplexity, in a search."""
+        """nll: mean -log p of a continuation's token of the validation set, where there is one; perplexity, to choose by."""
         found = {}
         if data.validation:
             rows = [(prompt + continuation, len(prompt)) for prompt, continuation in self._drawn(data, "validation")]
             nll, tokens = row_nll(model, rows)
             found["nll"] = float(nll.sum() / tokens.sum())
             meter.queries += len(rows)
-        if self.layers == "search":
+        if self.chooses:
             windows = text_windows(model, data.tokenizer, data.neutral, NEUTRAL_TOKENS)
             found["perplexity"] = float(np.exp(windows.nll.sum() / windows.tokens.sum()))
             meter.queries += len(windows.nll)

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
-from expunge.attacks.continuations import KeysValues, by_token, keys_and_values, shared_cache
+from expunge.attacks.continuations import KeysValues, block_bytes, by_token, free_bytes, keys_and_values, shared_cache
 from expunge.attacks.tokens import Target
 from expunge.engine import collate
-from expunge.models import Layer, head_logits, hidden_states, in_batches
+from expunge.models import Layer, depth, head_logits, hidden_states, in_batches, inner_model
 
 if TYPE_CHECKING:
     from expunge.attacks.enhanced_gcg import EnhancedGCG
@@ -92,7 +92,7 @@ class PrefixLosses:
     def parts(self, strings: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Each part of the loss of each string, unweighted, `[N]`, on the CPU. All of `strings` have one length."""
         found: list[dict[str, torch.Tensor]] = []
-        size = BATCH_TOKENS // (self.longest + len(strings[0]))
+        size = self._rows_that_fit(len(strings[0]), kept=1)
 
         def some_strings(some: Sequence[Sequence[int]]) -> None:
             begun = self._begun(some) if self.shares else {}
@@ -123,7 +123,8 @@ class PrefixLosses:
                 for model, slope in zip(models, torch.autograd.grad(loss, nudges), strict=True):
                     slopes[model] = slopes.get(model, 0) + slope
 
-        in_batches(range(len(self.targets)), lambda _: max(1, BATCH_TOKENS // (self.longest + len(string)) // 8), add)
+        size = self._rows_that_fit(len(string), kept=max(map(depth, models)))
+        in_batches(range(len(self.targets)), lambda _: size, add)
         return sum(by_token(model, slope, self.vocabulary) for model, slope in slopes.items())  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -169,6 +170,12 @@ class PrefixLosses:
             repeated = [repetition(prompt[start:]) for prompt, _ in pairs]
             parts["repetition"] = torch.tensor(repeated, dtype=losses.dtype, device=losses.device)
         return parts
+
+    def _rows_that_fit(self, length: int, kept: int) -> int:
+        """Rows with a string of such a length, where what so many blocks of each model make of a row is kept."""
+        length += self.longest
+        row = sum(kept * block_bytes(inner_model(model), length, length) for model in self._models)
+        return max(1, min(BATCH_TOKENS // length, free_bytes(self.victim.device) // row))
 
     @property
     def _models(self) -> list[Any]:

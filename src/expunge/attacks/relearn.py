@@ -84,7 +84,7 @@ class Relearn(Attack):
         model.eval()
         nll, tokens = row_nll(model, [(prompt + continuation, 1) for prompt, continuation in rows])
         meter.queries += len(rows)
-        return meter.result(model, about={**about, "final_loss": float(nll.sum() / tokens.sum())})
+        return meter.result(model, about={**about, "loss": float(nll.sum() / tokens.sum())})
 
     def trainable(self, unlearned: Any) -> Any:
         """A copy of the victim, or an adapter on its own weights; in at least float32, where small steps are not lost."""

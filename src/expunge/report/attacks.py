@@ -26,9 +26,13 @@ BACK = ("toxicity", "expected_max_toxicity", "toxicity_probability", "accuracy")
 """High where what was to go is there."""
 SIGNS = ("distinct_2", "loop_share", "empty_share")
 """Of broken text, which a scorer may take for harmless or for toxic."""
+BESIDE = {"loop_share": "loops", "distinct_2": "distinct-2"}
+"""Of these signs, what stands beside every toxicity: that of the very same continuations."""
+SPENT = {"steps": "steps", "loss": "own loss"}
+"""What an attack took, and came to."""
 
 SHOWN = ("toxicity", "expected_max_toxicity", "accuracy")
-"""Of them, what the table has lines of: the second is what an attacker who samples keeps."""
+"""Of what is back, what the table has lines of: the second is what an attacker who samples keeps."""
 NARROW = ("reference, worst", "unlearned, mean", "unlearned, worst")
 """Columns that 80 characters hold."""
 
@@ -57,6 +61,7 @@ class Setting(NamedTuple):
     rows: Mapping[Figure, Row]  # of its first draw
     cost: float | None  # perplexity over that before the attack
     draws: int
+    spent: Mapping[str, float]  # the mean of its draws
 
 
 def summary(rows: Sequence[Row], bound: float) -> list[Row]:
@@ -96,9 +101,10 @@ def _settings(rows: Sequence[Row], before: Mapping[Figure, Cell] | None) -> list
             for figure, cell in cells.items()
             if figure.metric == "perplexity" and before and figure in before
         ]
-        draws = len({row.draw for row in own})
         first = {figure: rows[0] for figure, rows in by_figure.items()}
-        found.append(Setting(json.loads(config), cells, first, costs[0] if costs else None, draws))
+        spent = {row.draw: (row.attack_config or {}).get("spent", {}) for row in own}
+        means = _averages([{name: one.get(name) for name in SPENT} for one in spent.values()])
+        found.append(Setting(json.loads(config), cells, first, costs[0] if costs else None, len(spent), means))
     return found
 
 
@@ -106,31 +112,54 @@ def _figure(row: Row) -> Figure:
     return Figure(row.metric, row.paired, row.dataset, row.decode, row.mode, row.scorer)
 
 
+def _averages(records: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each figure over the records that have it."""
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for record in records for pair in record.items()):
+        if value is not None:
+            values.setdefault(name, []).append(value)
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    whole = {name for name, each in values.items() if all(isinstance(one, int) for one in each)}  # counts, shown as such
+    return {name: int(mean) if name in whole and mean.is_integer() else mean for name, mean in means.items()}
+
+
+def _beside(figure: Figure, settings: Sequence[Setting]) -> dict[str, float]:
+    """On the mean over these settings: what they spent, and how broken the continuations are that a figure is of."""
+    signs = {sign: figure._replace(metric=sign, paired=False, scorer=None) for sign in BESIDE}
+    return _averages([{**s.spent, **{sign: s.cells.get(of, Cell()).value for sign, of in signs.items()}} for s in settings])
+
+
+def _figures(settings: Sequence[Setting]) -> list[Figure]:
+    """Of any of them: a ratio to a figure that is 0 in one setting is not there."""
+    return list(dict.fromkeys(figure for setting in settings for figure in setting.cells))
+
+
 def _means(settings: Sequence[Setting]) -> list[Row]:
     """Ends of intervals are averaged too: settings share prompts and draws."""
     found = []
-    for figure in settings[0].cells if settings else ():
-        cells = [setting.cells[figure] for setting in settings if figure in setting.cells]
-        ends = [[getattr(cell, end) for cell in cells] for end in ("value", "low", "high")]
+    for figure in _figures(settings):
+        there = [setting for setting in settings if figure in setting.cells]
+        ends = [[getattr(setting.cells[figure], end) for setting in there] for end in ("value", "low", "high")]
         value, low, high = (None if None in parts else sum(parts) / len(parts) for parts in ends)
-        about = {"settings": len(settings), "draws": settings[0].draws}
-        found.append(_row(settings[0].rows[figure], "mean", Cell(value, low, high), about))
+        about = {"settings": len(there), "draws": there[0].draws, **_beside(figure, there)}
+        found.append(_row(there[0].rows[figure], "mean", Cell(value, low, high), about))
     return found
 
 
 def _worst(settings: Sequence[Setting], over: str) -> list[Row]:
     """Each figure in the setting where what decides on it is highest: itself, or of signs of broken text the judge's."""
-    found = []
-    for figure in settings[0].cells if settings else ():
+    found, figures = [], _figures(settings)
+    for figure in figures:
         by = figure.plain
         if by.metric in SIGNS:
-            by = next((f for f in settings[0].cells if f[:4] == ("toxicity", False, by.dataset, by.decode)), by)
-        if by.metric not in BACK:
-            continue
+            by = next((f for f in figures if f[:4] == ("toxicity", False, by.dataset, by.decode)), by)
         there = [setting for setting in settings if figure in setting.cells and by in setting.cells]
+        if by.metric not in BACK or not there:
+            continue
         chosen = max(there, key=lambda setting: setting.cells[by].value or 0.0)
         cost = None if chosen.cost is None else round(chosen.cost, 4)
-        about = {"setting": chosen.config, "settings": len(settings), "draws": chosen.draws, "perplexity_ratio": cost}
+        about = {"setting": chosen.config, "settings": len(there), "draws": chosen.draws, "perplexity_ratio": cost}
+        about |= _beside(figure, [chosen])
         found.append(_row(chosen.rows[figure], over, chosen.cells[figure], about))
     return found
 
@@ -154,32 +183,36 @@ def _row(like: Row, over: str, cell: Cell, config: dict[str, Any]) -> Row:
 def attacks_table(rows: Sequence[Row], bound: float) -> Table:
     """A line for each attack and kind of toxicity or accuracy: before, after on the mean and at worst, by subject.
 
-    rows: a summary's. What lies beyond the bound of perplexity has a column of its own.
+    rows: a summary's. Beside each figure stand signs of broken text. What is beyond the bound of perplexity has columns too.
     """
     subjects = list(dict.fromkeys(row.subject for row in rows))
     index = {(_figure(row), row.attack, row.subject, row.over): row for row in rows}
-    headers = [f"{subject}, {over}" for subject in subjects for over in ("mean", "worst")]
+    columns = {f"{subject}, {over}": (subject, over) for subject in subjects for over in ("mean", "worst")}
     if "unlearned" in subjects:
-        headers += ["ratio to reference, mean", "loops, worst", "distinct-2, worst", f"beyond {bound:g} x perplexity"]
+        columns[f"beyond {bound:g} x perplexity"] = ("unlearned", "beyond")
+    headers = [header for title in columns for header in (title, *(f"{title}: {sign}" for sign in BESIDE.values()))]
+    if "unlearned" in subjects:
+        headers += ["ratio to reference, mean", *(f"unlearned, worst: {name}" for name in SPENT.values())]
     lines = []
     for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in SHOWN):
         name = figure.metric.replace("_", " ")
         group = ", ".join(filter(None, (name, figure.dataset, figure.decode, figure.mode, figure.scorer)))
         for attack in sorted(dict.fromkeys(row.attack or "" for row in rows), key=lambda name: name == ALL):
-
-            def cell(subject: str, over: str, which: Figure = figure, attack: str = attack) -> Cell:
-                row = index.get((which, attack, subject, over))
-                return Cell(row.value, row.ci_low, row.ci_high) if row else Cell()
-
-            cells = [cell(subject, over) for subject in subjects for over in ("mean", "worst")]
+            cells = [c for column in columns.values() for c in _cells(index.get((figure, attack, *column)), BESIDE)]
             if "unlearned" in subjects:
-                signs = [figure._replace(metric=sign, scorer=None) for sign in ("loop_share", "distinct_2")]
-                cells.append(cell("unlearned", "mean", figure._replace(metric=f"{figure.metric}_ratio", paired=True)))
-                cells += [cell("unlearned", "worst", sign) for sign in signs]
-                cells.append(cell("unlearned", "beyond"))
+                ratio = figure._replace(metric=f"{figure.metric}_ratio", paired=True)
+                cells += _cells(index.get((ratio, attack, "unlearned", "mean")), ())
+                cells += _cells(index.get((figure, attack, "unlearned", "worst")), SPENT)[1:]
             if any(c.value is not None for c in cells):
                 lines.append(Line(group, attack, group, tuple(cells)))
     return Table(("attack", *headers), tuple(lines), counts=0)
+
+
+def _cells(row: Row | None, beside: Iterable[str]) -> list[Cell]:
+    """A figure, and what stands beside it under these names."""
+    if row is None:
+        return [Cell(), *(Cell() for _ in beside)]
+    return [Cell(row.value, row.ci_low, row.ci_high), *(Cell((row.attack_config or {}).get(name)) for name in beside)]
 
 
 def to_records(table: Table) -> list[dict[str, Any]]:
