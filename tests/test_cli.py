@@ -18,6 +18,7 @@ from typer.main import get_command
 from expunge import load_model, pipeline
 from expunge.adapters import add_lora
 from expunge.cli import app, main
+from expunge.estimate import CannotEstimate
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -186,6 +187,34 @@ def test_dry_run_prints_the_plan_and_writes_nothing(home, tmp_path, capsys):
     assert "steps: 6" in plan
     assert "verdict: 'fits: " in plan
     assert not out.exists()
+
+
+def test_dry_run_says_where_defaults_come_from(home, tmp_path, capsys, monkeypatch):
+    start = ["train", "--dry-run", "--json", "--out", tmp_path / "out"]
+    rmu = ["--model", home / "model", "--pairs", home / "pairs.jsonl", "--method", "rmu", "method.c=3"]
+    rmu.append("training.per_device_train_batch_size=2")
+    assert call(*start, *rmu) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["method"]["layer"] == 1 and plan["method"]["alpha"] == 0.95
+    assert plan["defaults"] == {
+        "method.layer": "1 (scaled: block 7 of 32 in Zephyr 7B)",
+        "method.train_blocks": "[0, 1] (paper: the steered block and the two below it)",
+        "method.alpha": "0.95 (paper: REPO, Table 5)",
+    }
+    assert plan["estimate"]["trains"] == {"blocks 0, 1": "mlp.c_proj.weight"}
+
+    def forecast(*_):
+        raise CannotEstimate("it takes seconds")
+
+    monkeypatch.setattr("expunge.doctor.forecast", forecast)
+    assert call(*start, "data.limit=8", "training.learning_rate=1e-3") == 0  # of the built-in model with repo
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["defaults"] == {
+        "method.weight": "1.0 (ours: tuned for the built-in model)",
+        "method.anchor_on": "continuation (ours: tuned for the built-in model)",
+        "training.adam_beta1": "0.0 (ours: tuned for the built-in model)",
+    }
+    assert plan["training"]["learning_rate"] == 1e-3 and plan["training"]["adam_beta1"] == 0.0
 
 
 def test_conversations_are_trained_on_through_the_chat_template(home, tmp_path, tokenizer):

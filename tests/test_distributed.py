@@ -50,6 +50,7 @@ SETTINGS = {
     "adaptive_rmu": {"alpha": 10.0, **BLOCKS},
     "cosine_rmu": BLOCKS,
     "circuit_breakers": {"gamma": 2.0},
+    "simnpo": {"beta": 0.3},  # at 4.5 what is to be forgotten weighs next to nothing
 }
 METHODS = {
     **{name: REGISTRY.get(name)(**SETTINGS.get(name, {})) for name in TRAINED},

@@ -158,7 +158,7 @@ def test_the_peak_of_a_run_is_within_a_quarter(tmp_path, tokenizer, settings):
 
 def test_what_does_not_fit_is_said_with_what_would():
     cpu = torch.device("cpu")
-    made = Forecast(1, "", 1, 1, 1, {}, 1, 1, free_memory(cpu) * 10, cpu, 1, 1.0)
+    made = Forecast(1, "", 1, 1, 1, {}, {}, 1, 1, free_memory(cpu) * 10, cpu, 1, 1.0)
     assert "does not fit" in advice(made, RunConfig()) and "lora.r" in advice(made, RunConfig())
     assert "lora.r" not in advice(made, RunConfig(lora={}))
     unread = dataclasses.replace(made, loading=free_memory(cpu) * 2, peak=1)

@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 
+from expunge import pipeline
 from expunge.cli import main
-from expunge.data import Unpaired, load_unpaired
+from expunge.config import RunConfig
+from expunge.data import Pair, Text, Unpaired, load_unpaired
 from expunge.errors import ExpungeError
 from expunge.fitting import fit_and_apply
 from expunge.methods import METHODS
@@ -153,6 +155,36 @@ def test_two_sets_do_as_well_as_pairs(home, tmp_path, tiny_model, tokenizer):
     assert isinstance(data, Unpaired)
     about = fit_and_apply(tiny_model(), tokenizer, METHODS.get("leace")(fit_on="sides", shrinkage=0.5), data)
     assert about["erased"]["final"]["rank"] == 1
+
+
+def test_neither_pairs_nor_sets_are_needed(home, tmp_path, capsys):
+    """Nor does anything ask for them but an attack that trains on them."""
+    out, keys = tmp_path / "out", ["--model", home / "gpt2", f"data.probe={home}/probe.jsonl", "data.train=null"]
+    assert call("run", "--method", "tvi", "--out", out, *keys, *measured(home)) == 0
+    assert "data" not in json.loads((out / "stages/train.json").read_text()) and (out / "report.html").is_file()
+    leace = ["train", "--method", "leace", *keys, "--quiet"]
+    assert call(*leace, "--out", tmp_path / "leace") == 0
+    assert applied(tmp_path / "leace")["method"] == "leace"
+    for arguments, message in (
+        (["attack", out, "--attacks", "relearn_forget", *measured(home)], "relearn_forget: the forget set is empty"),
+        ([*leace, "method.fit_on=sides"], "nothing to train on: give data.train (--pairs), or data.forget and data.retain"),
+    ):
+        capsys.readouterr()
+        assert call(*arguments, "--out", tmp_path / "no") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_to_be_forgotten_is_left_out_of_the_probe(home, tmp_path):
+    forgotten = [pair["prompt"] + pair["rejected"] for pair in PAIRS]
+    overlapping = [*LABELLED, *({"text": text, "label": 1} for text in forgotten)]
+    config = RunConfig(method={"name": "tvi"})
+    config.data.probe = str(write(tmp_path / "probe.jsonl", overlapping))
+    pairs = [Pair(**pair) for pair in PAIRS]
+    sets = Unpaired([Text(pair.prompt, pair.rejected) for pair in pairs], [Text("", "Other text.")])
+    for data in (pairs, sets):
+        found = [text for text, _ in pipeline.probe_data(config, data)]
+        assert found == [row["text"] for row in LABELLED]
+    assert len(pipeline.probe_data(config, [])) == len(overlapping)
 
 
 def test_what_is_refused_is_one_line_and_leaves_nothing(home, tmp_path, capsys):

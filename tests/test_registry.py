@@ -5,6 +5,7 @@ import pytest
 
 from expunge import registry
 from expunge.errors import ExpungeError
+from expunge.listing import methods
 from expunge.methods import METHODS, Method
 from expunge.registry import Registry, UnknownName, did_you_mean
 from expunge.scorers import SCORERS, load_scorer
@@ -75,7 +76,7 @@ def test_what_the_source_says_of_a_class_is_what_the_class_says(builtin):
     asked = [
         ("__doc__", ""),
         ("paper", ""),
-        *((key, getattr(Method, key)) for key in ("family", "data", "applied")),
+        *((key, getattr(Method, key)) for key in ("family", "data", "applied", "labelled")),
     ]
     source = Registry(
         builtin.kind, {name: f"{builtin.get(name).__module__}:{builtin.get(name).__name__}" for name in builtin.names()}
@@ -86,6 +87,13 @@ def test_what_the_source_says_of_a_class_is_what_the_class_says(builtin):
             if constant == "__doc__":
                 said = inspect.cleandoc(said)
             assert source.about(name, constant, default) == said, (name, constant)
+
+
+def test_what_a_method_takes_is_listed():
+    takes = {entry["name"]: entry["data"] for entry in methods()}
+    assert takes["dpo"] == "pairs" and takes["repo"] == "pairs or sets"
+    assert takes["probe_directions"] == "pairs or sets and labelled texts"
+    assert takes["leace"] == takes["tvi"] == "labelled texts"
 
 
 def test_about_a_plug_in_it_asks_the_class(colours):

@@ -48,14 +48,14 @@ MAY_IMPORT = {
     "monitor": LEAVES | {"metrics", "scorers"},
     "training": LEAVES | {"callbacks", "engine", "methods", "models", "states", "data"},
     "fitting": LEAVES | {"data", "folding", "methods", "models", "training"},
-    "estimate": LEAVES | {"training", "methods", "adapters", "models", "losses", "data"},
+    "estimate": LEAVES | {"training", "methods", "adapters", "anatomy", "models", "losses", "data"},
     "doctor": LEAVES | {"provenance", "pipeline", "estimate", "data", "models"},
     "machine": LEAVES | {"provenance"},
     "harness": LEAVES | {"provenance", "metrics", "models", "data"},
     "listing": LEAVES | {"attacks", "methods", "scorers", "data"},
     "report": LEAVES,
     "redteam": LEAVES | {"attacks", "data", "metrics", "models", "pipeline", "provenance", "report", "scorers"},
-    "sweep": LEAVES | {"pipeline", "provenance", "redteam", "data", "report"},
+    "sweep": LEAVES | {"pipeline", "provenance", "redteam", "data", "harness", "models", "report"},
 }
 BUILDERS = {
     "data/builders.py",

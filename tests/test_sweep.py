@@ -347,6 +347,22 @@ def test_what_a_cell_needed_to_resume_is_gone_when_it_is_done():
     assert sorted(path.name for path in stub.folders[0].iterdir()) == ["config.yaml", "model", "results.jsonl"]
 
 
+def test_what_attacks_chose_and_found_stays_and_the_bulk_of_them_goes():
+    stub, left = Stub(), ("case.json", "figures.jsonl", "samples.jsonl", "columns.safetensors")
+
+    def attacked(config: RunConfig, folder: Path, quiet: bool) -> None:
+        stub(config, folder, quiet)
+        for name in left:
+            (folder / "attacks" / "unlearned-gcg-1").mkdir(parents=True, exist_ok=True)
+            (folder / "attacks" / "unlearned-gcg-1" / name).write_text("{}")
+
+    run_sweep(Path("recipe.yaml"), Path("out"), runner=attacked)
+    for folder in stub.folders:
+        assert [str(path.relative_to(folder)) for path in folder.rglob("attacks/*/*")] == [
+            "attacks/unlearned-gcg-1/case.json"
+        ]
+
+
 def test_two_processes_share_a_sweep():
     """The first trial of dpo is another's: all else is done but what waits for it."""
     planned = Sweep(Path("recipe.yaml"), Path("out"))

@@ -14,13 +14,14 @@ from expunge.callbacks import StopOnInterrupt, last_checkpoint
 from expunge.data import Pair, Text, Unpaired
 from expunge.data.rows import SetRows
 from expunge.errors import ExpungeError
-from expunge.methods import Method
+from expunge.methods import METHODS, Method
 from expunge.methods.dpo import DPO
 from expunge.methods.repo import REPO
 from expunge.models import load_model, weights_digest
 from expunge.training import UnlearnConfig, UnlearnTrainer
 
 IDS = torch.tensor([[5, 17, 250, 33, 8, 91]])
+REFERRING = [name for name in METHODS.names() if METHODS.get(name).reference and not METHODS.get(name).applied]
 
 
 def config(folder: Path, **changes) -> UnlearnConfig:
@@ -459,6 +460,18 @@ def test_bfloat16_autocast_trains_nearly_the_same(trained, method):
     one, other = (trained(method, bf16=flag, use_cpu=True, learning_rate=1e-3, warmup_steps=0) for flag in (False, True))
     before, after = ([line["loss"] for line in steps_of(trainer)] for trainer in (one, other))
     assert after == pytest.approx(before, rel=0.05) and after != before
+
+
+@pytest.mark.parametrize("name", REFERRING)
+def test_under_lora_no_method_makes_a_second_copy(tmp_path, tiny_model, tokenizer, pairs, name):
+    method = METHODS.get(name)(**({"retain": "kl"} if name == "grad_diff" else {}))
+    assert method.reference
+    probed = [(side, bad) for pair in pairs for side, bad in ((pair.chosen, False), (pair.rejected, True))]
+    model = add_lora(tiny_model(), r=2)
+    trainer = UnlearnTrainer(model, method, config(tmp_path), pairs, tokenizer, probe_data=probed)
+    assert trainer.reference is not None and trainer.reference.copy is None and trainer.reference.head is None
+    with trainer.reference.of(model) as reference:
+        assert reference is model
 
 
 def test_a_half_precision_base_under_lora_is_not(trained, tiny_model):

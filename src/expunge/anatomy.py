@@ -13,7 +13,7 @@ Llama, the attention's in Qwen 2, a norm in GPT-2.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,19 @@ def parameters_in(model: nn.Module, which: Sequence[int], role: str) -> list[str
             f"all_block, or a part of: {', '.join(sorted(there)) or 'none, as all are frozen'}"
         )
     return found
+
+
+def in_words(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Names of weights in blocks for people: `{"blocks 1, 2, 3": "mlp.c_proj.weight"}`, by the blocks that have them."""
+    inside: dict[str, list[int]] = {}
+    for block, prefix in enumerate(block_names(model)):
+        for name in names:
+            if name.startswith(f"{prefix}."):
+                inside.setdefault(name.removeprefix(f"{prefix}."), []).append(block)
+    told: dict[str, list[str]] = {}
+    for name, which in inside.items():
+        told.setdefault(f"block{'s' * (len(which) > 1)} {', '.join(map(str, which))}", []).append(name)
+    return {which: ", ".join(found) for which, found in told.items()}
 
 
 def check_blocks(which: Sequence[int], depth: int) -> None:

@@ -33,7 +33,7 @@ from expunge.pipeline import (
 class Forecast:
     """What training will take on this machine.
 
-    rows, truncation: pairs or texts to forget, and what did not fit, of each set.
+    rows, truncation: pairs or texts to forget, and what did not fit, of each set. trains: names of weights by blocks.
     memory, process, peak: bytes by part, of Python with its libraries, and in all on the device that trains; loading: bytes
     of the machine's memory while the weights are read; operations: of a step; seconds: in all, None where nobody measured
     what a step reaches of the device's rate.
@@ -44,6 +44,7 @@ class Forecast:
     steps: int
     parameters: int
     trained: int
+    trains: Mapping[str, str]
     memory: Mapping[str, int]
     process: int
     loading: int
@@ -97,6 +98,7 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
         steps=steps,
         parameters=most.parameters,
         trained=most.trained,
+        trains=most.trains,
         memory=most.parts,
         process=process,
         loading=process + loading,

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from expunge.adapters import add_lora
+from expunge.anatomy import in_words
 from expunge.data.tokenize import TokenizedPair, TokenizedText
 from expunge.errors import ExpungeError
 from expunge.losses.chunked import CHUNK
@@ -45,12 +46,16 @@ class CannotEstimate(ExpungeError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, float operations of one optimizer step of one process, and parameters in all and trained."""
+    """Bytes by part, float operations of one optimizer step of one process, and parameters in all and trained.
+
+    trains: the names of these, by the blocks that have them; empty for a method that trains all there are.
+    """
 
     parts: Mapping[str, int]
     operations: int
     parameters: int
     trained: int
+    trains: Mapping[str, str]
 
     @property
     def training(self) -> int:
@@ -126,6 +131,7 @@ def estimate(
         operations * args.gradient_accumulation_steps,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in learned),
+        trains={} if chosen is None else in_words(model, chosen),
     )
 
 

@@ -37,8 +37,9 @@ def fit_and_apply(
     """Change `model`, in place, as `method` says; returns where the change comes from, and whether it was `folded`.
 
     train_dataset: what is to be forgotten and retained, for a method that looks at it; probe_data: (text, is it of the kind
-    to be rid of); perplexity: of `model` as it is when called. Raises ExpungeError for a model with an adapter, one that is
-    steered already, and whatever the method lacks.
+    to be rid of), all of which is used: leave out what is to be forgotten, as `load_probe_data(forget=...)` does;
+    perplexity: of `model` as it is when called. Raises ExpungeError for a model with an adapter, one that is steered
+    already, and whatever the method lacks.
     """
     if not method.applied:
         raise ExpungeError(f"{method.name} is trained: expunge.UnlearnTrainer, or expunge run")

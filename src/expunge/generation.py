@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import DynamicLayer
 
 from expunge.errors import ExpungeError
-from expunge.models import context_length, in_batches, inner_model
+from expunge.models import context_length, evaluating, in_batches, inner_model
 
 TOP = 1024
 """Logits that are sorted at every step; a row whose nucleus is wider is raced in full, without sorting."""
@@ -101,15 +101,13 @@ def _quiet_inference(model: torch.nn.Module) -> Iterator[PreTrainedModel]:
 
     An explicit GenerationConfig is not enough: transformers 5 fills what it leaves open from the model's own.
     """
-    inner, training = inner_model(model), model.training
+    inner = inner_model(model)
     own, inner.generation_config = inner.generation_config, GenerationConfig()
-    model.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             yield inner
     finally:
         inner.generation_config = own
-        model.train(training)
 
 
 def _rows_that_fit(model: PreTrainedModel, length: int) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from expunge.data.multiple_choice import SHOTS, load_questions
 from expunge.errors import ExpungeError
 from expunge.metrics.figures import Figure, Key
-from expunge.models import context_length
+from expunge.models import context_length, evaluating
 from expunge.provenance import digest, digest_all
 
 TASKS = Path(__file__).parent / "tasks"
@@ -77,24 +77,20 @@ def harness_samples(
     from lm_eval.tasks import TaskManager
 
     evaluate: Any = lm_eval.simple_evaluate  # of no type that a checker knows
-    training = model.training
     chosen = {"limit": limit, "shots": shots, "seed": seed}  # what `task_rows` is called with
-    with _quiet(progress):
+    with _quiet(progress), evaluating(model):
         manager = TaskManager(include_path=TASKS, include_defaults=not set(tasks) <= set(OURS), metadata=chosen)
         loaded = _load(manager, tasks)
-        try:
-            found = evaluate(
-                harness_model(model, tokenizer),
-                tasks=loaded,
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                random_seed=None,  # the caller's stay
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-        finally:
-            model.train(training)
+        found = evaluate(
+            harness_model(model, tokenizer),
+            tasks=loaded,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            random_seed=None,  # the caller's stay
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     return {task: sorted(answers, key=lambda answer: answer["doc_id"]) for task, answers in found["samples"].items()}
 
 

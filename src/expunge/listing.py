@@ -19,17 +19,17 @@ Entries = list[dict[str, Any]]
 
 
 def methods() -> Entries:
-    """data: what a method takes, pairs or two sets, and what it fits probes on."""
+    """data: what a method takes as its defaults are: pairs or two sets, and what it fits probes on."""
     found = []
     for name in METHODS.names():
-        takes = {"pairs": "pairs", "any": "pairs or sets"}[METHODS.about(name, "data", Method.data)]
-        probes = " and labelled texts" if METHODS.about(name, "labelled", Method.labelled) else ""
+        takes = {"pairs": ["pairs"], "any": ["pairs or sets"], "none": []}[METHODS.about(name, "data", Method.data)]
+        probes = ["labelled texts"] if METHODS.about(name, "labelled", Method.labelled) else []
         found.append(
             {
                 "name": name,
                 "family": METHODS.about(name, "family", Method.family),
                 "kind": "applied" if METHODS.about(name, "applied", Method.applied) else "trained",
-                "data": takes + probes,
+                "data": " and ".join(takes + probes),
                 "description": _first_line(METHODS, name),
                 "paper": METHODS.about(name, "paper"),
             }

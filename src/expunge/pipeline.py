@@ -70,18 +70,22 @@ BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
 
 def resolve(config: RunConfig) -> RunConfig:
     """`config` with the built-in model's tuned values where the user gave none, and no pairs where two sets are given."""
-    name = config.method.get("name", "repo")
-    tuned: dict[str, Any] = {}
-    if config.model == "builtin":
-        tuned = json.loads(BUILTIN_DEFAULTS.read_text(encoding="utf-8")).get(name, {})
+    name, tuned = config.method.get("name", "repo"), _tuned(config)
     method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
     training = {**tuned.get("training", {}), **config.training}
-    return dataclasses.replace(config, method=method, training=training, data=_one_kind(config.data))
+    return dataclasses.replace(config, method=method, training=training, data=_one_kind(config.data, method))
 
 
-def _one_kind(data: DataConfig) -> DataConfig:
+def _tuned(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The built-in model's tuned values for the method, by section; of other models none."""
+    if config.model != "builtin":
+        return {}
+    return json.loads(BUILTIN_DEFAULTS.read_text(encoding="utf-8")).get(config.method.get("name", "repo"), {})
+
+
+def _one_kind(data: DataConfig, method: dict[str, Any]) -> DataConfig:
     if data.forget is None and data.retain is None:
-        if data.train is None:
+        if data.train is None and build_method(method).data != "none":
             raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
         return data
     if data.forget is None or data.retain is None:
@@ -103,11 +107,18 @@ def build_method(settings: dict[str, Any]) -> Method:
 
 
 def explained(config: RunConfig, outline: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every field of the method as it is in a model of this depth; and of those that were left null what they are, whether
-    that is the paper's, scaled to the depth, or ours, and why. Raises ExpungeError for blocks that are not there."""
-    method, depth = build_method(config.method), outline.get_text_config().num_hidden_layers
-    fields = {"name": config.method["name"], **dataclasses.asdict(method.placed(depth))}  # type: ignore[call-overload]
+    """Every field of the method as it is in a model of this depth; and of what was left open what it is, whether that is
+    the paper's, scaled to the depth, or ours, and why. Raises ExpungeError for blocks that are not there."""
+    resolved, depth = resolve(config), outline.get_text_config().num_hidden_layers
+    method = build_method(resolved.method)
+    fields = {"name": resolved.method["name"], **dataclasses.asdict(method.placed(depth))}  # type: ignore[call-overload]
+    given = {"method": config.method, "training": config.training}
     return fields, {
+        f"{section}.{name}": f"{value} (ours: tuned for the built-in model)"
+        for section, values in _tuned(config).items()
+        for name, value in values.items()
+        if name not in given[section]
+    } | {
         f"method.{name}": f"{default.value} ({default.source}: {default.why})"
         for name, default in method.left_open(depth).items()
     }
@@ -225,9 +236,12 @@ def outline_of(config: RunConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizer
 
 
 def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, args: UnlearnConfig) -> list[Pair] | Unpaired:
-    """What is trained on. Raises ExpungeError where the method does not take it."""
+    """What is trained on; empty where none is given to a method that needs none. ExpungeError where it does not take it."""
     data = config.data
-    build_method(config.method).check_data(paired=data.train is not None)
+    method = build_method(config.method)
+    if method.data == "none" and data.train is None and data.forget is None:
+        return []
+    method.check_data(paired=data.train is not None)
     if data.train is not None:
         return load_pairs(data.train, limit=data.limit, seed=config.seed, tokenizer=tokenizer)
     passage = args.max_continuation_tokens
@@ -465,7 +479,7 @@ def _apply(
     facts = {
         "reference_sha256": model_digest,
         **({"probe": {"source": config.data.probe, "n": len(probed), "sha256": digest_all(probed)}} if probed else {}),
-        "data": {"n": len(data), "sha256": _hash(data)},
+        **({"data": {"n": len(data), "sha256": _hash(data)}} if data else {}),
         "steps": 0,
         "applied": about,
         "seed": args.seed,

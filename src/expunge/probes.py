@@ -95,12 +95,14 @@ def _pooled(states: torch.Tensor, mask: torch.Tensor, pool: Literal["mean", "las
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds: int = 5, seed: int = 0) -> Probe:
+def fit_probe(
+    states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds: int = 5, seed: int = 0, name: str = "the probe"
+) -> Probe:
     """L2 logistic regression on standardised features, mapped back to the raw space.
 
     states: `[N, d]`; labels: 0 or 1, N of them; c: scikit-learn's inverse strength of the penalty.
     Raises ExpungeError where a label has fewer rows than there are folds, or states are not finite; a probe near chance
-    warns with its AUC.
+    warns with its name and its AUC.
     """
     if not torch.isfinite(states).all():
         raise ExpungeError("the states are not all finite numbers; load the model in float32")
@@ -119,7 +121,7 @@ def fit_probe(states: torch.Tensor, labels: Sequence[int], c: float = 1.0, folds
             raise ExpungeError("the probe's logistic regression did not converge") from None
     auc = float(roc_auc_score(y, outside))
     if auc < CHANCE:
-        log.warning("the probe hardly tells the labels apart: AUC %.2f in cross-validation, 0.5 is chance", auc)
+        log.warning("%s hardly tells the labels apart: AUC %.2f in cross-validation, 0.5 is chance", name, auc)
     weight = regression.coef_[0] / scaler.scale_
     bias = float(regression.intercept_[0] - weight @ scaler.mean_)
     return Probe(torch.from_numpy(weight).float(), bias, auc)

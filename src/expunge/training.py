@@ -50,6 +50,7 @@ from expunge.models import (
     Reference,
     context_length,
     depth,
+    evaluating,
     inner_model,
     only_training,
     original,
@@ -144,7 +145,8 @@ class UnlearnTrainer(Trainer):
 
     model: any causal LM, or one wrapped by PEFT (then the reference is the same model with its adapter off).
     Of two sets every batch has as many rows of each; an epoch is one pass over the forget set (`expunge.data.rows`).
-    probe_data: (text, is it of the kind to be rid of), for methods that fit probes.
+    probe_data: (text, is it of the kind to be rid of), for methods that fit probes, which use all of it: leave out what is
+    to be forgotten, as `load_probe_data(forget=...)` does.
     measure: (model, steps done) to figures by name, called as `eval_strategy` says; random state is left as it was.
     Raises ExpungeError where the loss is no longer a number: the last checkpoint stands.
     """
@@ -412,13 +414,11 @@ class UnlearnTrainer(Trainer):
 @contextmanager
 def _undisturbed(model: nn.Module):
     """Evaluation mode inside; then the mode and all random states are what they were."""
-    states, training = (random.getstate(), np.random.get_state()), model.training
-    with torch.random.fork_rng():
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), evaluating(model):
         try:
-            model.eval()
             yield
         finally:
-            model.train(training)
             random.setstate(states[0])
             np.random.set_state(states[1])
 

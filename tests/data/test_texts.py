@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from trl import apply_chat_template
 
-from expunge.data import Text, Unpaired, load_labelled, load_texts, load_unpaired
+from expunge.data import Text, Unpaired, load_labelled, load_probe_data, load_texts, load_unpaired
 from expunge.data.corpora import passages
 from expunge.errors import ExpungeError
 
@@ -171,6 +171,15 @@ def test_labelled_texts(write):
     for row, expected in (({"text": "a", "label": 2}, "must be 0 or 1, found 2"), ({"label": 1}, "no field 'text'")):
         with pytest.raises(ExpungeError, match=expected):
             load_labelled(write("a.jsonl", row))
+
+
+def test_a_probe_s_texts_are_not_those_to_forget(write):
+    rows = [("a", True), ("b", False), ("c", True), ("d", False)]
+    path = write("a.jsonl", *({"text": text, "label": bad} for text, bad in rows))
+    assert load_probe_data(path) == rows
+    assert load_probe_data(path, forget=["a", "d", "e"]) == rows[1:3]
+    with pytest.raises(ExpungeError, match="only texts with label 0 to fit a probe on"):
+        load_probe_data(path, forget=["a", "c"])
 
 
 @REAL

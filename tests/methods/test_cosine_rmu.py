@@ -123,6 +123,8 @@ def test_forget_states_are_turned_towards_u(moved, pair_rows, continuation_state
     [
         ({"alpha": 3.0}, "method.alpha=3.0: expected one of fixed, learned"),
         ({"alpha0": 0.0}, "method.alpha0=0.0: cosine_rmu wants a number > 0"),
+        ({"alpha0": 2e4}, "method.alpha0=20000.0: cosine_rmu wants a number between 0.001 and 10000 where alpha is learned"),
+        ({"alpha0": 1e-3}, "method.alpha0=0.001: cosine_rmu wants a number between 0.001 and 10000 where alpha is learned"),
         ({"alpha_learning_rate": 0.0}, "method.alpha_learning_rate=0.0: cosine_rmu wants a number > 0"),
         ({"reward": "best"}, "method.reward='best': expected one of normalised, improvement, product, literal"),
         ({"distance": "cos"}, "method.distance='cos': expected one of cosine, l2"),
@@ -133,3 +135,7 @@ def test_bad_hyper_parameters_are_one_line(settings, message):
     with pytest.raises(ExpungeError) as caught:
         CosineRMU(**settings)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_fixed_alpha_has_no_bounds():
+    assert CosineRMU(alpha="fixed", alpha0=2e4).alpha0 == 2e4

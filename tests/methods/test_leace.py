@@ -88,6 +88,14 @@ def test_nothing_smaller_would_do():
     assert moved[0] < 0.9 * moved[1]
 
 
+def test_no_direction_gains_variance():
+    """So that a bound on the trace of the covariance, as the authors' code has it, would never bind."""
+    xx, xz = covariances(*drawn())
+    left, right = eraser(xx, xz)
+    kept = torch.eye(D, dtype=torch.float64) - left @ right.T
+    assert torch.linalg.eigvalsh(xx - kept @ xx @ kept.T).min() > -1e-10
+
+
 def test_where_there_is_nothing_to_erase_nothing_is():
     x, z = drawn()
     balanced = torch.cat([x, x])

@@ -55,6 +55,17 @@ def test_the_literal_reward_has_no_optimum_but_no_retain_loss(caplog):
     assert 0 < policy.alpha < 1e-2
 
 
+def test_a_reward_that_rises_with_alpha_runs_to_the_other_bound(caplog):
+    policy, retain = AlphaPolicy(5e3, "normalised", rate=0.05), 1.0
+    with caplog.at_level(logging.WARNING, "expunge"):
+        for _ in range(100):
+            used = policy.alpha
+            last = policy.observe(1.0, retain)["alpha_mean"]
+            retain = 1e3 / used
+    assert last == pytest.approx(1e4, rel=1e-2)
+    assert "alpha has run to its bound of 10000 at step" in caplog.records[0].message
+
+
 def test_a_product_takes_an_unbounded_loss_relative_to_its_first():
     """The same toy with L_F a thousand times as large."""
     policy, other = AlphaPolicy(1.0, "product", bounded=True), AlphaPolicy(1.0, "product", bounded=False)

@@ -18,6 +18,7 @@ from expunge.methods.circuit_breakers import CircuitBreakers
 from expunge.methods.cosine_rmu import CosineRMU
 from expunge.methods.probe_directions import ProbeDirections
 from expunge.methods.rmu import RMU
+from expunge.methods.sure import SURE
 from expunge.training import UnlearnConfig, UnlearnTrainer
 
 METHODS = [
@@ -162,7 +163,7 @@ def test_other_weights_can_be_named(trainer_of, tiny_model):
     assert changed == ["transformer.h.1.attn.c_proj.weight"]
 
 
-@pytest.mark.parametrize("method", ONE_EACH, ids=named)
+@pytest.mark.parametrize("method", [*ONE_EACH, SURE()], ids=named)
 def test_a_resumed_run_is_bit_identical(tmp_path, trainer_of, tiny_model, method):
     """6 steps against 3 and 3 more; the second trainer begins with another seed's heads, which the checkpoint replaces."""
     data = SETS if method.name in ("adaptive_rmu", "probe_directions") else None
@@ -195,6 +196,15 @@ def test_alpha_goes_the_same_way_whatever_the_batches_are_split_into(trainer_of,
     for trace in traces[1:]:
         for found, wanted in zip(trace, traces[0], strict=True):
             assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_alpha_that_runs_away_in_training_is_said(trainer_of, caplog):
+    trainer = trainer_of(CosineRMU(reward="literal", alpha_learning_rate=10.0), max_steps=5)
+    with caplog.at_level("WARNING", "expunge"):
+        trainer.train()
+    ends = [line["alpha_mean"] for line in lines_of(trainer)]
+    assert ends[-1] == pytest.approx(1e-3)
+    assert "alpha has run to its bound of 0.001 at step" in caplog.text
 
 
 @pytest.mark.parametrize("data", [None, SETS], ids=["pairs", "sets"])

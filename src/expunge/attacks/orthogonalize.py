@@ -109,11 +109,12 @@ class Orthogonalize(Attack):
                     model, about=about, idle="no block's mean state moved: there is no direction to take out"
                 )
             names = block_names(model)
+            forms: tuple[Form, ...] = FORMS if self.form == "best" else (self.form,)
             candidates = [
                 (form, {block: edit(form, names[block], offsets[block], before[block]) for block in blocks})
                 for blocks in dict.fromkeys(sets)
                 if blocks
-                for form in (FORMS if self.form == "best" else (self.form,))
+                for form in forms
             ]
             found, more = self._best(model, candidates, data, meter)
         if found is None:

@@ -79,10 +79,11 @@ def train(
     from expunge import pipeline
 
     hush()
-    settings = pipeline.resolve(read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain))
+    settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
     if dry_run:
         _print_plan(settings, output, as_json)
         return
+    settings = pipeline.resolve(settings)
     pipeline.build_method(settings.method)
     args = pipeline.build_training(settings.training, output, settings.seed)
     pipeline.check_model(settings)
@@ -176,12 +177,12 @@ def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
 
     from expunge import pipeline
 
-    settings = pipeline.resolve(settings)
-    plan = dataclasses.asdict(settings)
     outline, tokenizer = pipeline.outline_of(settings)
-    plan["method"], by_depth = pipeline.explained(settings, outline)
-    if by_depth:
-        plan["defaults"] = by_depth
+    method, defaults = pipeline.explained(settings, outline)
+    settings = pipeline.resolve(settings)
+    plan = dataclasses.asdict(settings) | {"method": method}
+    if defaults:
+        plan["defaults"] = defaults
     args = pipeline.build_training(settings.training, folder / "checkpoints", settings.seed)
     shown = (
         "learning_rate",
@@ -219,6 +220,7 @@ def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
         "truncation": made.truncation,
         "parameters": made.parameters,
         "trained": made.trained,
+        **({"trains": made.trains} if made.trains else {}),
         "memory_gb": memory,
         "peak_gb": round(made.peak / 1e9, 2),
         "step_tflop": float(f"{made.operations / 1e12:.3g}"),

@@ -27,7 +27,7 @@ from torch import nn
 from expunge.data.selection import Selection
 from expunge.errors import ExpungeError
 from expunge.generation import check_room, keyed_top_p, sample_key, splitmix64, with_start
-from expunge.models import body, head_logits, in_batches, inner_model
+from expunge.models import body, evaluating, head_logits, in_batches, inner_model
 from expunge.probes import Probe
 
 BATCH_TOKENS = 4096
@@ -106,14 +106,13 @@ def perturbed(
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients of weights; both are put back."""
-    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for parameter in trained:
             parameter.requires_grad_(True)
 

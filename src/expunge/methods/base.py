@@ -51,7 +51,7 @@ class Method:
     ref_sides: ClassVar[tuple[str, ...] | None] = None  # on which sides of a batch; None: all
     sides: ClassVar[tuple[str, ...]] = ("retain", "forget")  # what it reads of a batch; "anchor": neutral text, if given
     scored: ClassVar[tuple[str, ...]] = ("retain", "forget")  # whose tokens go through the head
-    data: ClassVar[Literal["pairs", "any"]] = "pairs"  # "any": the two sides of a row need not share a prompt
+    data: ClassVar[Literal["pairs", "any", "none"]] = "pairs"  # "any": sides need not share a prompt; "none": not needed
     max_grad_norm: ClassVar[float] = 1.0
     labelled: ClassVar[bool] = False  # does it fit probes on labelled texts (data.probe)?
     applied: ClassVar[bool] = False  # fitted and applied, not trained

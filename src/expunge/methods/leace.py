@@ -42,8 +42,9 @@ class LEACE(Method):
 
     family: ClassVar[str] = "representation"
     paper: ClassVar[str] = "LEACE: Perfect linear concept erasure in closed form (Belrose et al. 2023)"
-    data: ClassVar[Literal["pairs", "any"]] = "any"
+    data: ClassVar[Literal["pairs", "any", "none"]] = "none"
     reference: ClassVar[bool] = False
+    labelled: ClassVar[bool] = True
     applied: ClassVar[bool] = True
 
     at: list[int | Literal["final"]] | None = None
@@ -61,13 +62,11 @@ class LEACE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.fit_on == "sides":
+            self.data, self.labelled = "any", False  # type: ignore[misc]
         check(0 <= self.shrinkage < 1, self.name, "shrinkage", self.shrinkage, "0 or more, and less than 1")
         check(self.svd_tol > 0, self.name, "svd_tol", self.svd_tol, "more than 0")
         check(self.at is None or bool(self.at), self.name, "at", self.at, "at least one place")
-
-    @property
-    def labelled(self) -> bool:  # type: ignore[override]
-        return self.fit_on == "labelled"
 
     def defaults(self, depth: int) -> Mapping[str, Default]:
         return {"at": Default(["final"], "ours", "the states in which the logits are linear")}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from expunge.methods.base import Method, check
-from expunge.methods.policy import AlphaPolicy, Reward
+from expunge.methods.policy import BOUNDS, AlphaPolicy, Reward
 
 if TYPE_CHECKING:
     from expunge.engine import Step
@@ -21,7 +21,7 @@ class LearnedAlpha(Method):
     alpha: Literal["fixed", "learned"] = "learned"
     """The weight of the retain loss: `alpha0` throughout, or learned by REINFORCE (section 4.2)."""
     alpha0: float = 1.0
-    """Its value, or the first mean of what is learned; > 0."""
+    """Its value, > 0, or the first mean of what is learned, which is held to [0.001, 10000]."""
     reward: Reward = "normalised"
     """What the policy is rewarded for: normalised, improvement, product, or literal, which is degenerate."""
     alpha_learning_rate: float = 1e-2
@@ -30,6 +30,9 @@ class LearnedAlpha(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.alpha0 > 0, self.name, "alpha0", self.alpha0, "a number > 0")
+        low, high = BOUNDS
+        inside = self.alpha == "fixed" or low < self.alpha0 < high
+        check(inside, self.name, "alpha0", self.alpha0, f"a number between {low:g} and {high:g} where alpha is learned")
         rate = self.alpha_learning_rate
         check(rate > 0, self.name, "alpha_learning_rate", rate, "a number > 0")
 

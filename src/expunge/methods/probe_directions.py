@@ -68,8 +68,8 @@ class ProbeDirections(LearnedAlpha, AtBlocks):
             raise ExpungeError("probe_directions fits probes on labelled texts: give data.probe")
         rows, labels = [ids for ids, _ in material.labelled], [int(bad) for _, bad in material.labelled]
         states = pooled_states_at(material.model, rows, self.layers, self.pool)
-        for place, layer in enumerate(self.layers):
-            probe = fit_probe(states[layer], labels)
+        for place, (block, layer) in enumerate(zip(self.blocks or [], self.layers, strict=True)):
+            probe = fit_probe(states[layer], labels, name=f"the probe after block {block}")
             weight = F.normalize(probe.weight, dim=0) if self.directions == "unit" else probe.weight
             heads["probes"].directions[place] = weight  # type: ignore[index, operator]
             heads["probes"].auc[place] = probe.auc  # type: ignore[index, operator]

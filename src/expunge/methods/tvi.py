@@ -44,7 +44,7 @@ class TVI(Method):
 
     family: ClassVar[str] = "representation"
     paper: ClassVar[str] = "A Mechanistic Understanding of Alignment Algorithms (Lee et al. 2024)"
-    data: ClassVar[Literal["pairs", "any"]] = "any"
+    data: ClassVar[Literal["pairs", "any", "none"]] = "none"
     reference: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
     applied: ClassVar[bool] = True
@@ -87,7 +87,8 @@ class TVI(Method):
         assert self.block is not None, "placed() fills it in"
         model = inner_model(material.model)
         rows, labels = [ids for ids, _ in material.labelled], [int(bad) for _, bad in material.labelled]
-        probe = fit_probe(pooled_states(model, rows, after(self.block, self.model_depth), "mean"), labels)
+        states = pooled_states(model, rows, after(self.block, self.model_depth), "mean")
+        probe = fit_probe(states, labels, name=f"the probe after block {self.block}")
         about: dict[str, Any] = {
             "method": self.name,
             "direction": self.direction,

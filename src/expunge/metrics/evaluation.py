@@ -27,7 +27,7 @@ from expunge.metrics.figures import Evaluation, Figure, Key
 from expunge.metrics.multiple_choice import Mode, chance, choice_logps, is_right, lengths_differ
 from expunge.metrics.perplexity import row_nll, text_windows
 from expunge.metrics.toxicity import distinct_2, loops, per_prompt
-from expunge.models import context_length
+from expunge.models import context_length, evaluating
 from expunge.scorers import Scorer
 
 
@@ -100,29 +100,24 @@ def evaluate_model(
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     check_room(data, plan, tokenizer, context_length(model))
-    training = model.training
-    model.eval()
-    try:
-        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
-            evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
-            measured = [partial(evaluator.perplexities, data), partial(evaluator.f1, data.neutral)]
-            measured += [partial(evaluator.accuracies, *named) for named in data.questions.items()]
-            for prompts in evaluator.prompts(data):
-                measured += [partial(evaluator.answer, prompts, *how) for how in plan.decodings().items()]
-            found = evaluator.taken()
-            for number, measure in enumerate(measured):
-                kept = parts / str(number) if parts else None
-                if kept and kept.exists():
-                    found.extend(Evaluation.load(kept))
-                    continue
-                measure()
-                part = evaluator.taken()
-                if kept:
-                    part.save(kept)
-                found.extend(part)
-            evaluator.agreement(found)
-    finally:
-        model.train(training)
+    with evaluating(model), Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
+        evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
+        measured = [partial(evaluator.perplexities, data), partial(evaluator.f1, data.neutral)]
+        measured += [partial(evaluator.accuracies, *named) for named in data.questions.items()]
+        for prompts in evaluator.prompts(data):
+            measured += [partial(evaluator.answer, prompts, *how) for how in plan.decodings().items()]
+        found = evaluator.taken()
+        for number, measure in enumerate(measured):
+            kept = parts / str(number) if parts else None
+            if kept and kept.exists():
+                found.extend(Evaluation.load(kept))
+                continue
+            measure()
+            part = evaluator.taken()
+            if kept:
+                part.save(kept)
+            found.extend(part)
+        evaluator.agreement(found)
     return found
 
 
