@@ -8,7 +8,7 @@ FAST := MALLOC_TOP_PAD_=1073741824 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM
 
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
-.PHONY: demo test lint browser clean
+.PHONY: demo test tests lint browser clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,12 @@ browser:
 	timeout 300 sh -c '$(APT) update; $(APT) install -y --no-install-recommends chromium chromium-driver' \
 		>/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will be skipped"
 
+# The linter has one thread: beside the tests it costs half as long.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory -j2 lint tests
+
 # One process a core, and one thread in each: threads of two processes on one core wait for each other without end.
-test: lint browser
+tests: $(INSTALLED) browser
 	$(FAST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 clean:
