@@ -8,7 +8,7 @@ FAST := MALLOC_TOP_PAD_=1073741824 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM
 
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20
 
-.PHONY: demo test tests lint browser clean
+.PHONY: demo test pytest lint browser clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,10 +38,10 @@ browser:
 
 # The linter has one thread: beside the tests it costs half as long.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory -j2 lint tests
+	@$(MAKE) --no-print-directory -j2 lint pytest
 
 # One process a core, and one thread in each: threads of two processes on one core wait for each other without end.
-tests: $(INSTALLED) browser
+pytest: $(INSTALLED) browser
 	$(FAST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 clean:
