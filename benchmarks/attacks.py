@@ -9,13 +9,9 @@ that, both forms of a step are held to the same figures. Memory is resident memo
 
 import argparse
 import copy
-import ctypes
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -27,15 +23,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine import GPT2_SMALL, resident
+from engine import GPT2_SMALL, alone, held, peak_of
 from expunge import load_model
-from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import candidates
 from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.tokens import Target
-from expunge.models import depth
+from expunge.models import depth, frozen
 from expunge.provenance import environment
 from expunge.rows import read_lines, write_lines
 
@@ -240,17 +235,13 @@ def time_case(case: Case, rounds: int) -> dict[str, Any]:
 
 def weigh(case: Case, form: str) -> int:
     """Bytes that the most of memory lies above the weights, in steps of this process."""
-    trim = ctypes.CDLL("libc.so.6").malloc_trim
-    trim(0)
-    start = resident("VmRSS")
+    start = held()
     model = model_of(case)
     step = STEPS[case.attack][form](case, model)
     step()
-    trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    step()
+    peak = peak_of(step)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return resident("VmHWM") - start - weights * MODELS[case.attack]
+    return peak - start - weights * MODELS[case.attack]
 
 
 def main() -> None:
@@ -277,16 +268,6 @@ def main() -> None:
         records.append({**head, **timed, "bytes": memory, "environment": environment()})
         write_lines(arguments.results, records)
     print(table(records))
-
-
-def alone(script: str, *arguments: str, timed: bool = False) -> Any:
-    """What a process of its own measures: memory that one form leaves with a process is none of another's."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    if not timed:  # freed blocks go back to the system
-        environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, script, "--one", *arguments]
-    done = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(records: list[dict[str, Any]]) -> str:

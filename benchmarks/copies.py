@@ -8,18 +8,15 @@ trained copy; what else is there are activations. Each job runs in a process of 
 """
 
 import argparse
-import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from attacks import alone
-from engine import GPT2_SMALL, resident
+from engine import GPT2_SMALL, alone, held, peak_of, tokenizer_of
 from expunge.attacks import AttackData, Budget
 from expunge.attacks.relearn import RelearnForget
 from expunge.data import Text
@@ -29,8 +26,7 @@ from expunge.rows import read_lines, write_lines
 from expunge.scorers import load_scorer
 
 RESULTS = Path("benchmarks/results/copies.jsonl")
-WORDS = [f"w{i}" for i in range(50_000)]
-TEXTS = [" ".join(WORDS[20 * i : 20 * i + 20]) for i in range(10)]
+TEXTS = [" ".join(map(str, range(20 * i + 1, 20 * i + 21))) for i in range(10)]
 Job = Callable[[PreTrainedModel, Any], Any]
 
 
@@ -59,22 +55,14 @@ JOBS: dict[str, tuple[Job, float, float]] = {
 def weigh(job: Job) -> dict[str, float]:
     """Copies of the weights at the job's peak, and with its result afterwards, beyond the model that it is given."""
     torch.set_num_threads(1)
-    trim = ctypes.CDLL("libc.so.6").malloc_trim
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**GPT2_SMALL)).eval()
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>")
+    tokenizer = tokenizer_of(GPT2_SMALL["vocab_size"])
     job(model, tokenizer)  # what is loaded once is no copy
-    trim(0)
-    start = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    result = job(model, tokenizer)
-    peak = resident("VmHWM") - start
-    trim(0)
+    start, results = held(), []
+    peak = peak_of(lambda: results.append(job(model, tokenizer))) - start
+    after = held() - start
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    held = resident("VmRSS") - start
-    del result
-    return {"peak": peak / weights, "after": held / weights}
+    return {"peak": peak / weights, "after": after / weights}
 
 
 def main() -> None:

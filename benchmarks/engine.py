@@ -129,9 +129,9 @@ def rows_of(case: Case) -> list[dict[str, tuple[list[int], list[int]]]]:
     return [{"retain": (row[:a], row[a:b]), "forget": (row[:a], row[b:])} for row in ids]
 
 
-def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
     """A word "7" is token 7."""
-    words = {"<eos>": 0, **{str(i): i for i in range(1, case.model["vocab_size"])}}
+    words = {"<eos>": 0, **{str(i): i for i in range(1, vocabulary)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
@@ -143,7 +143,7 @@ def step_of(variant: str, case: Case, folder: Path) -> tuple[torch.nn.Module, Ca
         return {"repo": plain_repo, "npo": plain_npo, "rmu": plain_rmu}[case.method](case)
     if variant == "TRL":
         return trl_dpo(case, folder)
-    model, tokenizer = model_of(case), tokenizer_of(case)
+    model, tokenizer = model_of(case), tokenizer_of(case.model["vocab_size"])
     if case.lora:
         model = add_lora(model, r=case.lora)
     args = UnlearnConfig(
@@ -286,7 +286,7 @@ def trl_dpo(case: Case, folder: Path) -> tuple[torch.nn.Module, Callable[[], flo
             report_to="none",
         ),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer_of(case),
+        processing_class=tokenizer_of(case.model["vocab_size"]),
     )
     batch = trainer.data_collator(rows)
     return model, training_step(trainer, batch)
@@ -338,9 +338,7 @@ def model_width(case: Case) -> int:
 
 def weigh(case: Case, variant: str) -> dict[str, int]:
     """Bytes that the most of memory lies above weights, gradients and Adam's state, in steps of this process."""
-    trim = ctypes.CDLL("libc.so.6").malloc_trim
-    trim(0)
-    start = resident("VmRSS")
+    start = held()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EXPUNGE_CACHE"] = folder
         model, step = step_of(variant, case, Path(folder))
@@ -350,13 +348,24 @@ def weigh(case: Case, variant: str) -> dict[str, int]:
             step()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        step()
-        peak = resident("VmHWM")
+        peak = peak_of(step)
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size * (4 if learned else 1) for size, learned in sizes)
     return {"beyond": peak - start - trained, "trained": trained}
+
+
+def held() -> int:
+    """Resident bytes of this process, after what is free has gone back to the system."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident("VmRSS")
+
+
+def peak_of(step: Callable[[], Any]) -> int:
+    """The most resident bytes of this process while `step` runs."""
+    held()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    step()
+    return resident("VmHWM")
 
 
 def resident(field: str) -> int:
@@ -386,9 +395,9 @@ def main() -> None:
             print(kind, case.name, case.method, flush=True)
             variants = variants_of(case)
             if kind == "memory":
-                found = {"bytes": {variant: alone(kind, number, variant) for variant in variants}}
+                found = {"bytes": {variant: alone(__file__, kind, str(number), variant) for variant in variants}}
             else:
-                found = alone(kind, number, "all")
+                found = alone(__file__, kind, str(number), "all", timed=True)
             records.append({**head, **found, "environment": environment()})
             write_lines(RESULTS, records)
     print(tables(records))
@@ -400,13 +409,13 @@ def variants_of(case: Case) -> list[str]:
     return ["plain form", "cached"] if case in GROWTH else VARIANTS[case.method]
 
 
-def alone(kind: str, number: int, variant: str) -> dict[str, Any]:
+def alone(script: str, *arguments: str, timed: bool = False) -> Any:
     """What a process of its own measures: memory that one case leaves with a process is none of another's."""
     environ = dict(os.environ)
-    if kind == "memory":  # freed blocks go back to the system
+    if not timed:  # freed blocks go back to the system
         environ = {key: value for key, value in environ.items() if not key.startswith("MALLOC_")}
         environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, __file__, "--one", kind, str(number), variant]
+    command = [sys.executable, script, "--one", *arguments]
     done = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -8,13 +8,13 @@ reference's own stand first.
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from expunge import load_model
 from expunge.metrics.perplexity import row_nll
+from expunge.metrics.stats import bootstrap, ratio_of_sums
 from expunge.rows import read_lines, write_lines
 
 RESULTS = Path("benchmarks/results/fluency.jsonl")
@@ -37,12 +37,9 @@ def main(folder: str) -> None:
                 prompt = tokenizer(sample["prompt"])["input_ids"]
                 said = tokenizer(sample["continuation"], add_special_tokens=False)["input_ids"]
                 rows.append((prompt + said, len(prompt)))
-            nll, tokens = (np.asarray(each, dtype=float) for each in row_nll(model, rows))
-            chosen = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
-            low, high = np.quantile(nll[chosen].sum(1) / tokens[chosen].sum(1), [0.025, 0.975])
+            value, low, high = bootstrap(partial(ratio_of_sums, *row_nll(model, rows)), len(rows))
             about = {"method": "reference" if subject == "reference" else record["labels"]["method"], "n": len(rows)}
-            nats = {"nats": float(nll.sum() / tokens.sum()), "low": float(low), "high": float(high)}
-            lines.append({**about, "seed": record["labels"].get("seed"), **nats})
+            lines.append({**about, "seed": record["labels"].get("seed"), "nats": value, "low": low, "high": high})
             print("{method}, seed {seed}: {nats:.2f} [{low:.2f}, {high:.2f}]".format(**lines[-1]), flush=True)
     write_lines(RESULTS, lines)
 

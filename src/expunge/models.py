@@ -465,10 +465,10 @@ class Reference:
         self.head: nn.Module | None = None
         if not hasattr(model, "disable_adapter"):
             if stored is None:
-                self.copy = _frozen(model, trained)
+                self.copy = _frozen_copy(model, trained)
                 self.head = inner_model(self.copy).get_output_embeddings()
             else:
-                self.head = _frozen(inner_model(model).get_output_embeddings())  # type: ignore[arg-type]
+                self.head = _frozen_copy(inner_model(model).get_output_embeddings())  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -490,7 +490,7 @@ def original(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _frozen(module: nn.Module, changing: Collection[str] | None = None) -> nn.Module:
+def _frozen_copy(module: nn.Module, changing: Collection[str] | None = None) -> nn.Module:
     """A copy in evaluation mode and without gradients. changing: the only weights that are copied; others are shared."""
     made = sharing_copy(module, changing).eval()
     shared = {id(parameter) for parameter in module.parameters()}
@@ -518,6 +518,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """No weight of the models takes gradients, and they are in evaluation mode, inside the block; then as before."""
+    learned = [p for model in models for p in model.parameters() if p.requires_grad]
+    with evaluating(*models):
+        try:
+            for model in models:
+                model.requires_grad_(False)
+            yield
+        finally:
+            for parameter in learned:
+                parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from expunge.attacks import ATTACKS, Attack, AttackData, Budget, Meter, attack, cases
-from expunge.attacks.base import frozen
 from expunge.attacks.tokens import Target
 from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import _quiet_inference
-from expunge.models import evaluating, sharing_copy
+from expunge.models import evaluating, frozen, sharing_copy
 from expunge.registry import UnknownName
 
 

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expunge.attacks import continuations
-from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses, first_changes, mellowmax
 from expunge.attacks.tokens import Target
 from expunge.errors import ExpungeError
-from expunge.models import body
+from expunge.models import body, frozen
 from expunge.steering import Shift, Steering, detach
 
 TARGETS = [Target([5, 6, 7], [8, 9, 10, 11]), Target([15, 16, 17, 3, 4, 5, 6, 7], [100, 9, 101])]

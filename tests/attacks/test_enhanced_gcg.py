@@ -12,7 +12,6 @@ from torch import nn
 
 from expunge.attacks import AttackData, Budget, continuations, prefixes
 from expunge.attacks import enhanced_gcg as room
-from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import GCG
@@ -20,6 +19,7 @@ from expunge.attacks.prefixes import PrefixLosses, repetition
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
 from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
+from expunge.models import frozen
 from expunge.steering import Shift, Steering
 
 PROMPTS = ["The river runs", "She carried the kind letter", "A cold wind", "They planted apple trees", "In long rows"]

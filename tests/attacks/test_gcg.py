@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.attacks import AttackData, Budget, cases, gcg
-from expunge.attacks.base import frozen
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.gcg import GCG, candidates, kept_after_probing, probe_sample, random_strings
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets, round_trips
 from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.models import frozen
 
 TRIGGER, WANTED, SAID = " and", " wind", " kind"
 PROMPTS = ["The sea", "They came", "A cold rain"]

@@ -17,7 +17,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
@@ -256,22 +255,6 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(convert(hint, value, ""), list)
     except ExpungeError:
         return False
-
-
-@contextmanager
-def frozen(*models: Any):
-    """No weight of the models takes gradients, and they are in evaluation mode, inside the block; then as before."""
-    from expunge.models import evaluating
-
-    learned = [p for model in models for p in model.parameters() if p.requires_grad]
-    with evaluating(*models):
-        try:
-            for model in models:
-                model.requires_grad_(False)
-            yield
-        finally:
-            for parameter in learned:
-                parameter.requires_grad_(True)
 
 
 def check_names(names: Collection[str]) -> None:

@@ -21,14 +21,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
 from expunge.attacks.tokens import allowed_tokens, decode, reference_targets
 from expunge.config import at_least
 from expunge.data.tokenize import leading_tokens
 from expunge.generation import check_room
-from expunge.models import context_length, depth, sharing_copy
+from expunge.models import context_length, depth, frozen, sharing_copy
 
 
 @attack("enhanced_gcg")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.continuations import Loss, TargetLosses
 from expunge.attacks.tokens import allowed_tokens, first_string, reference_targets, typed_anywhere, without_bos
 from expunge.config import at_least
@@ -26,7 +26,7 @@ from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
 from expunge.metrics.stats import rank_correlation
-from expunge.models import load_model
+from expunge.models import frozen, load_model
 
 
 @attack("gcg")

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from expunge.anatomy import block_names, check_blocks
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.config import at_least
 from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll, text_windows
-from expunge.models import Layer, depth, hidden_states, in_batches, sharing_copy, width
+from expunge.models import Layer, depth, frozen, hidden_states, in_batches, sharing_copy, width
 from expunge.steering import Edit, Erase, Shift, steer_further
 
 BATCH_TOKENS = 4096
@@ -110,7 +110,7 @@ class Orthogonalize(Attack):
                 )
             names = block_names(model)
             forms: tuple[Form, ...] = FORMS if self.form == "best" else (self.form,)
-            candidates = [
+            candidates: list[tuple[Form, Mapping[int, Edit]]] = [
                 (form, {block: edit(form, names[block], offsets[block], before[block]) for block in blocks})
                 for blocks in dict.fromkeys(sets)
                 if blocks

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from expunge.adapters import add_lora
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.config import at_least
 from expunge.data import Text
 from expunge.data.corpora import passages
@@ -34,7 +34,7 @@ from expunge.data.tokenize import TokenizedText, tokenize_texts
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll
-from expunge.models import context_length, sharing_copy, without_dropout
+from expunge.models import context_length, frozen, sharing_copy, without_dropout
 
 RATES = [5e-5, 2e-4, 1e-3]
 """Ours: the REPO paper's are lost, and a small model needs larger ones than the 1e-5 of Hu et al."""

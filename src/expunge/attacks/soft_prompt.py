@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
 from expunge.config import at_least
 from expunge.data.tokenize import leading_tokens
 from expunge.engine import collate
 from expunge.generation import check_room
-from expunge.models import head_logits, hidden_states, in_batches, sharing_copy
+from expunge.models import frozen, head_logits, hidden_states, in_batches, sharing_copy
 
 
 @attack("soft_prompt")

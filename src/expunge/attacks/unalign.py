@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from expunge.anatomy import mlp_inputs, nearest_values
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, frozen, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.config import at_least
 from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
-from expunge.models import sharing_copy
+from expunge.models import frozen, sharing_copy
 from expunge.probes import fit_probe, pooled_states
 
 PLAIN, GATED = 10.0, 3.0

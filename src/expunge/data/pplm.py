@@ -13,9 +13,8 @@ The moved keys and values stay for the tokens to come (Dathathri et al. 2020, se
     perturbed(model, tokenizer, [[5, 17, 9]], probe, PPLM(samples=2))[0]        # two lists of new token ids
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from torch import nn
 from expunge.data.selection import Selection
 from expunge.errors import ExpungeError
 from expunge.generation import check_room, keyed_top_p, sample_key, splitmix64, with_start
-from expunge.models import body, evaluating, head_logits, in_batches, inner_model
+from expunge.models import body, frozen, head_logits, in_batches, inner_model
 from expunge.probes import Probe
 
 BATCH_TOKENS = 4096
@@ -96,25 +95,11 @@ def perturbed(
         if progress:
             progress(len(done), len(rows))
 
-    with _frozen(model):
+    with frozen(model):
         for length, group in groupby(rows, key=lambda row: len(row[0])):
             size = batch_size or max(1, BATCH_TOKENS // (length + recipe.max_new_tokens))
             in_batches(list(group), lambda _, size=size: size, work)
     return [[done[key, sample] for sample in range(recipe.samples)] for key in keys]
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of weights; both are put back."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _continue(model: nn.Module, ids: torch.Tensor, noise: torch.Tensor, probe: Probe, recipe: PPLM) -> torch.Tensor:
