@@ -36,9 +36,9 @@ browser:
 	timeout 300 sh -c '$(APT) update; $(APT) install -y --no-install-recommends chromium chromium-driver' \
 		>/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will be skipped"
 
-# The linter has one thread: beside the tests it costs half as long.
-test: $(INSTALLED)
-	@$(MAKE) --no-print-directory -j2 lint pytest
+# Chromium comes beside the packages, and the linter, which has one thread, beside the tests: half as long as one by one.
+test:
+	@$(MAKE) --no-print-directory -j2 lint pytest || { echo "make test: failed; lint's errors stand above the tests'"; exit 1; }
 
 # One process a core, and one thread in each: threads of two processes on one core wait for each other without end.
 pytest: $(INSTALLED) browser

@@ -262,6 +262,16 @@ def test_what_cannot_be_measured_fails_alone(home):
     assert {row.attack for row in read_rows(home / "out" / "attacks.jsonl")} == {"none", "scale"} and len(RAN) == 8
 
 
+@pytest.mark.parametrize("name", ["gcg", "enhanced_gcg"])
+def test_what_leaves_no_room_for_a_found_string_is_refused_before_the_search(home, name):
+    team, settings = {"attacks": ["scale", name]}, {name: {"length": 62}}
+    if name == "enhanced_gcg":
+        settings[name] |= {"final_length": 64}
+    with pytest.raises(ExpungeError, match=r"^a prompt of 6\d tokens and .* exceed the model's context of 64"):
+        attacked(home, team=team, attack=settings)
+    assert not RAN and not (home / "out" / "attacks.jsonl").exists()
+
+
 def test_two_sets_instead_of_pairs_are_what_attacks_take(home, monkeypatch):
     had = []
     monkeypatch.setattr(redteam, "AttackData", lambda *parts: had.append(actual(*parts)) or had[-1])

@@ -91,9 +91,11 @@ def red_team(
         subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
     had, measured = _attackers_data(config, team, tokenizer, scorers[0]), _measured(config, tokenizer)
     plan = dataclasses.replace(pipeline.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
-    check_room(measured, plan, tokenizer, context_length(unlearned))
-    for attack in (one for several in attacks.values() for one in several):
+    every = [attack for several in attacks.values() for attack in several]
+    for attack in every:
         attack.check(original is not None, had)
+    added = max((attack.adds for attack in every), default=0)
+    check_room(measured, dataclasses.replace(plan, suffix=(0,) * added), tokenizer, context_length(unlearned))
     budget = Budget(team.steps, team.queries, team.seconds)
     about = {
         "measured": digest_all([measured]),

@@ -164,6 +164,11 @@ class Attack:
         hold_fields(self, f"attack.{self.name}")
         at_least(f"attack.{self.name}", self, seed=0)
 
+    @property
+    def adds(self) -> int:
+        """Tokens that it adds to every prompt, at least."""
+        return 0
+
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         """Attack `unlearned`, a causal language model on its device, which stays as it was.
 

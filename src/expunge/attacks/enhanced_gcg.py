@@ -97,6 +97,10 @@ class EnhancedGCG(Attack):
         check(self.floor is None or 0 < self.floor <= 1, key="floor", value=self.floor, wanted="above 0 to 1, or null")
         check(self.p_gcg + self.p_swap > 0, key="p_gcg", value=self.p_gcg, wanted="above 0, where p_swap is 0")
 
+    @property
+    def adds(self) -> int:
+        return min(self.length, self.final_length)
+
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(reference is not None, data)
         layers = self._layers(depth(unlearned))

@@ -71,6 +71,10 @@ class GCG(Attack):
         at_least(f"attack.{self.name}", self, **least, buffer=0)
         in_range(self.replace <= self.length, self.name, "replace", self.replace, f"at most the length, {self.length}")
 
+    @property
+    def adds(self) -> int:
+        return self.length
+
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(reference is not None, data)
         meter, draw, tokenizer = Meter(budget), torch.Generator().manual_seed(self.seed), data.tokenizer
