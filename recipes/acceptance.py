@@ -13,8 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from expunge.assembly import resolve
 from expunge.config import BUDGETS, RunConfig, load_config, merge
-from expunge.pipeline import resolve, run
+from expunge.pipeline import run
 from expunge.provenance import digest
 from expunge.rows import Row, read_lines, write_lines
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from expunge import pipeline
+from expunge import assembly
 from expunge.cli import main
 from expunge.config import RunConfig
 from expunge.data import Pair, Text, Unpaired, load_unpaired
@@ -182,9 +182,9 @@ def test_what_is_to_be_forgotten_is_left_out_of_the_probe(home, tmp_path):
     pairs = [Pair(**pair) for pair in PAIRS]
     sets = Unpaired([Text(pair.prompt, pair.rejected) for pair in pairs], [Text("", "Other text.")])
     for data in (pairs, sets):
-        found = [text for text, _ in pipeline.probe_data(config, data)]
+        found = [text for text, _ in assembly.probe_data(config, data)]
         assert found == [row["text"] for row in LABELLED]
-    assert len(pipeline.probe_data(config, [])) == len(overlapping)
+    assert len(assembly.probe_data(config, [])) == len(overlapping)
 
 
 def test_what_is_refused_is_one_line_and_leaves_nothing(home, tmp_path, capsys):

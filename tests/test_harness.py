@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge import harness, pipeline
+from expunge import assembly, harness, pipeline
 from expunge.adapters import add_lora
 from expunge.config import RunConfig, load_config
 from expunge.data.multiple_choice import Question, load_questions
@@ -166,7 +166,7 @@ def test_a_run_has_accuracies_of_both_and_s_unlearning(data, tiny_model, tokeniz
     sets += ["data.questions=[mmlu, wmdp-cyber]", "evaluation.harness=[wmdp_cyber]"]
     sets += ["evaluation.s_unlearning={utility: mmlu, forget: wmdp-cyber}"]
     config = load_config(RunConfig, [], sets)
-    measured = pipeline.evaluation_data(config.data, config.evaluation, tokenizer)
+    measured = assembly.evaluation_data(config.data, config.evaluation, tokenizer)
     rows = pipeline.measure(tmp_path / "out", config, tmp_path / "after", tmp_path / "before", measured, [], quiet=True)
     values = {(row.subject, row.dataset, row.mode): row for row in rows if row.metric == "accuracy" and not row.paired}
     assert len(values) == 6
@@ -189,4 +189,4 @@ def test_a_run_has_accuracies_of_both_and_s_unlearning(data, tiny_model, tokeniz
 def test_s_unlearning_of_what_is_not_measured_is_refused_before_any_work(tokenizer):
     config = load_config(RunConfig, [], ["evaluation.s_unlearning={utility: mmlu, forget: toxicity}"])
     with pytest.raises(ExpungeError, match=r"utility=mmlu: not measured; add it to data\.questions"):
-        pipeline.evaluation_data(config.data, config.evaluation, tokenizer)
+        assembly.evaluation_data(config.data, config.evaluation, tokenizer)

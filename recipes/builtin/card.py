@@ -7,8 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+from expunge.assembly import evaluation_data
 from expunge.config import RunConfig, load_config
-from expunge.pipeline import evaluation_data, measure
+from expunge.pipeline import measure
 from expunge.rows import Row, read_rows
 from expunge.scorers import load_scorer
 

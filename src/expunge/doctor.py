@@ -13,11 +13,7 @@ import psutil
 import torch
 from transformers.integrations import integration_utils
 
-from expunge.config import RunConfig
-from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
-from expunge.estimate import SHARE, CannotEstimate, estimate, matrix_rate, rows_of, texts_of
-from expunge.models import loading_options
-from expunge.pipeline import (
+from expunge.assembly import (
     build_method,
     build_training,
     check_model,
@@ -27,6 +23,10 @@ from expunge.pipeline import (
     steps_of,
     training_data,
 )
+from expunge.config import RunConfig
+from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.estimate import SHARE, CannotEstimate, estimate, matrix_rate, rows_of, texts_of
+from expunge.models import loading_options
 
 
 @dataclass(frozen=True)

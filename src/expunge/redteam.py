@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from expunge import pipeline
+from expunge import assembly, pipeline
 from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, Budget, cases
 from expunge.attacks.base import check_names
 from expunge.config import RedTeamConfig, RunConfig, cache_folder
@@ -79,18 +79,18 @@ def red_team(
     Returns the rows of results.jsonl: those of `before`, then the summary. Raises ExpungeError before any work where an
     attack lacks what it needs, and in the end where attacks failed; what the others gave is written then.
     """
-    config = pipeline.resolve(config)
+    config = assembly.resolve(config)
     team, attacks = settings_of(config)
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    unlearned, tokenizer = load_model(model, revision=config.revision, **pipeline.loading(config))
+    unlearned, tokenizer = load_model(model, revision=config.revision, **assembly.loading(config))
     unlearned = merged(unlearned)
     subjects = [Subject("unlearned", unlearned, weights_digest(unlearned), shared=False)]
     original = None
     if reference is not None:
-        original = merged(load_model(reference, revision=reference_revision, **pipeline.loading(config))[0])
+        original = merged(load_model(reference, revision=reference_revision, **assembly.loading(config))[0])
         subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
     had, measured = _attackers_data(config, team, tokenizer, scorers[0]), _measured(config, tokenizer)
-    plan = dataclasses.replace(pipeline.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
+    plan = dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
     every = [attack for several in attacks.values() for attack in several]
     for attack in every:
         attack.check(original is not None, had)
@@ -159,7 +159,7 @@ def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list
     rows = pipeline.run(config, folder, quiet)
     if config.redteam is None or not pipeline.is_main_process():
         return rows
-    config = pipeline.resolve(config)
+    config = assembly.resolve(config)
     with pipeline.claim(folder, config):
         try:
             return red_team(config, folder, folder / "model", config.model, quiet, config.revision, rows)
@@ -178,8 +178,8 @@ def merged(model: Any) -> Any:
 
 
 def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any) -> AttackData:
-    args = pipeline.build_training(config.training, Path("unused"), config.seed)
-    data = pipeline.training_data(config, tokenizer, args)
+    args = assembly.build_training(config.training, Path("unused"), config.seed)
+    data = assembly.training_data(config, tokenizer, args)
     if isinstance(data, Unpaired):
         forget, retain = list(data.forget), list(data.retain)
     else:
@@ -213,7 +213,7 @@ def _measured(config: RunConfig, tokenizer: Any) -> EvaluationData:
     """What a run is measured on, but for the prompts of F1."""
     data = dataclasses.replace(config.data, neutral=None)
     asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
-    return pipeline.evaluation_data(data, asked, tokenizer)
+    return assembly.evaluation_data(data, asked, tokenizer)
 
 
 def _title(name: str, attack: Attack | None) -> str:

@@ -46,7 +46,7 @@ def attack(
 
     import yaml
 
-    from expunge import pipeline
+    from expunge import assembly, pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
     from expunge.redteam import red_team
     from expunge.report.attacks import attacks_table, by_group, headline_lines, to_records
@@ -66,7 +66,7 @@ def attack(
     if attacks:
         named["redteam.attacks"] = attacks.split(",")
     told = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    settings = pipeline.resolve(load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base))
+    settings = assembly.resolve(load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base))
     victim = Path(model) / "model" if origin else model
     revision = settings.revision if origin and not reference else None
     known = reference or origin.get("model")

@@ -76,18 +76,18 @@ def train(
     loading: dict[str, Any],
 ) -> None:
     """Train only: the edited model is left in OUT/model."""
-    from expunge import pipeline
+    from expunge import assembly, pipeline
 
     hush()
     settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
     if dry_run:
         _print_plan(settings, output, as_json)
         return
-    settings = pipeline.resolve(settings)
-    pipeline.build_method(settings.method)
-    args = pipeline.build_training(settings.training, output, settings.seed)
-    pipeline.check_model(settings)
-    pipeline.monitor_data(settings, args, pipeline.outline_of(settings)[1])
+    settings = assembly.resolve(settings)
+    assembly.build_method(settings.method)
+    args = assembly.build_training(settings.training, output, settings.seed)
+    assembly.check_model(settings)
+    assembly.monitor_data(settings, args, assembly.outline_of(settings)[1])
     with pipeline.claim(output, settings):
         pipeline.train(settings, output, quiet)
     if pipeline.is_main_process():
@@ -142,7 +142,7 @@ def evaluate(
     loading: dict[str, Any],
 ) -> None:
     """Measure any model, against a reference where one is given."""
-    from expunge import pipeline
+    from expunge import assembly, pipeline
     from expunge.report import write_report
     from expunge.scorers import load_scorer
 
@@ -157,7 +157,7 @@ def evaluate(
     reference = reference or origin.get("model")
     if prompts:
         settings.data.prompts = prompts
-    data = pipeline.evaluation_data(settings.data, settings.evaluation, pipeline.outline_of(settings)[1])
+    data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
     with pipeline.claim(output, settings, evaluate={"reference": reference}):
         pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
@@ -175,15 +175,15 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")], as_j
 def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
     import dataclasses
 
-    from expunge import pipeline
+    from expunge import assembly
 
-    outline, tokenizer = pipeline.outline_of(settings)
-    method, defaults = pipeline.explained(settings, outline)
-    settings = pipeline.resolve(settings)
+    outline, tokenizer = assembly.outline_of(settings)
+    method, defaults = assembly.explained(settings, outline)
+    settings = assembly.resolve(settings)
     plan = dataclasses.asdict(settings) | {"method": method}
     if defaults:
         plan["defaults"] = defaults
-    args = pipeline.build_training(settings.training, folder / "checkpoints", settings.seed)
+    args = assembly.build_training(settings.training, folder / "checkpoints", settings.seed)
     shown = (
         "learning_rate",
         "heads_learning_rate",
@@ -198,10 +198,10 @@ def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
     )
     values = {key: getattr(args, key) for key in shown}
     plan["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | settings.training
-    data = pipeline.training_data(settings, tokenizer, args)
+    data = assembly.training_data(settings, tokenizer, args)
     paired = isinstance(data, list)
     plan |= {"pairs": len(data)} if paired else {"texts": {"forget": len(data.forget), "retain": len(data.retain)}}
-    plan["steps"] = 0 if pipeline.build_method(settings.method).applied else pipeline.steps_of(args, len(data))
+    plan["steps"] = 0 if assembly.build_method(settings.method).applied else assembly.steps_of(args, len(data))
     plan["out"] = str(folder)
     plan["estimate"] = _figures(settings, data)
     print_tree(plan, as_json)

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from expunge import pipeline
+from expunge import assembly, pipeline
 from expunge.config import RunConfig, load_config, merge
 from expunge.data.named import NAMED, local_file
 from expunge.errors import ExpungeError
@@ -41,7 +41,7 @@ class Cell:
     @cached_property
     def name(self) -> str:
         """Its folder's: the labels, and a hash of them, the configuration, the method's defaults and the files it reads."""
-        config, method = self.config, pipeline.build_method(self.config.method)
+        config, method = self.config, assembly.build_method(self.config.method)
         told = {key: value for key, value in asdict(config).items() if value is not None or key not in ATTACKS}
         inputs = [self.labels, self.trial, told, asdict(method), _contents(config)]  # type: ignore[call-overload]
         words = [*words_of(self.labels), *(["trial"] if self.trial else [])]
@@ -86,9 +86,9 @@ class Group:
         for patch in (seed, setting, trial or {}):
             tree = merge(tree, expand(patch))
         try:
-            config = pipeline.resolve(load_config(RunConfig, [], [], base=tree))
-            pipeline.build_method(config.method)
-            pipeline.build_training(config.training, Path("cell"), config.seed)
+            config = assembly.resolve(load_config(RunConfig, [], [], base=tree))
+            assembly.build_method(config.method)
+            assembly.build_training(config.training, Path("cell"), config.seed)
         except ExpungeError as error:
             raise ExpungeError(f"{', '.join(filter(None, [*words_of(labels), text_of(setting)]))}: {error}") from None
         return Cell(labels, setting, trial is not None, config)
