@@ -177,9 +177,27 @@ def test_the_search_finds_the_block_where_it_was_planted(taught, data, planted, 
     best = min(result.about["candidates"], key=lambda one: one["nll"])
     assert best["layers"] == [planted] and best["nll"] == pytest.approx(nll(result.model, data))
     moved = list(range(planted, 3))  # below it nothing has a direction
-    assert result.about["candidates"][0]["layers"] == moved
+    assert result.about["candidates"][0]["layers"] == (
+        [planted] if form == "shift" else moved
+    )  # which leaves nothing above it
     assert len(result.about["candidates"]) == result.steps == len({tuple(moved), *((block,) for block in moved)})
     assert [line["best"] for line in result.trace] == sorted((line["best"] for line in result.trace), reverse=True)
+
+
+@pytest.mark.parametrize("direction", ["difference", "reference_free"])
+def test_a_shift_of_several_blocks_gives_each_its_mean_and_no_more(tiny_model, data, direction):
+    """Were each to take all of its own offset, later ones would take again what the first has taken."""
+    victim, reference = tiny_model(seed=1), tiny_model()
+    result = Orthogonalize(form="shift", layers="all", direction=direction, outliers=None).run(
+        victim, reference, data, Budget()
+    )
+    wanted = (
+        plain_states(reference, data.rows("forget"))
+        if direction == "difference"
+        else plain_states(victim, data.rows("retain"))
+    )
+    assert len(added_edits(result)) == 3
+    assert torch.allclose(plain_states(result.model, data.rows("forget")).mean(1), wanted.mean(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", ["small", "paper"])
@@ -395,7 +413,9 @@ def test_a_budget_ends_the_search_with_its_best_so_far(taught, data):
     assert result.steps == len(result.about["candidates"]) == 2
     assert result.about["layers"] == min(result.about["candidates"], key=lambda one: one["nll"])["layers"]
     assert attack.run(victim, taught, data, Budget(queries=1)).steps == 1
-    assert attack.run(victim, taught, data, Budget()).queries == 5 + 5 * (3 + 1)  # means, then five models on both texts
+    assert attack.run(victim, taught, data, Budget()).queries == 5 * 3 + 5 * (
+        3 + 1
+    )  # means, also after a block and two, then five models on both texts
 
 
 def test_no_more_texts_than_asked_for_and_drawn_with_the_seed(tiny_model, data):

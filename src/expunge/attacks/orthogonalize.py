@@ -3,7 +3,7 @@
     r_l      = mean h_l(unlearned) - mean h_l(reference)     after block l, over the continuation tokens of the forget set
     project    h <- h - (h . u) u                            u = r_l / |r_l|, at every position of every text
     affine     h <- h - ((h - mu_l) . u) u                   mu_l = mean h_l(reference)
-    shift      h <- h - r_l
+    shift      h <- h - r_l                              of several blocks, each what those before it leave of its r_l
 
 What they undo where unlearning added a constant c to the output of one block (then r = c there): shift all of it, exactly.
 A projection takes from a state its own part along c too. Affine gives back the mean of that part on the forget set, which is
@@ -14,7 +14,7 @@ unlearning did, so that `best` tries all three.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -98,24 +98,31 @@ class Orthogonalize(Attack):
         model: Any = sharing_copy(unlearned, ()).eval()
         other = reference if self.direction == "difference" else model
         with frozen(model, other):
-            after, before = self._means(model, other, data, meter)
+            measure, before = self._means(model, other, data, meter)
+            after = measure(model)
             offsets, lengths = after - before, torch.stack([after, before]).norm(dim=-1).amax(0)
-            norms = offsets.norm(dim=-1)
-            moved = [block for block in range(len(norms)) if norms[block] > NOTHING * lengths[block]]
-            sets = [tuple(block for block in blocks if block in moved) for blocks in self._sets(len(norms))]
+            norms, least = offsets.norm(dim=-1), NOTHING * lengths
+            sets = [tuple(block for block in blocks if norms[block] > least[block]) for blocks in self._sets(len(norms))]
             about = {"norms": norms.tolist()}
             if not any(sets):
                 return meter.result(
                     model, about=about, idle="no block's mean state moved: there is no direction to take out"
                 )
             names = block_names(model)
+
+            def edits(form: Form, blocks: Sequence[int]) -> dict[int, Edit]:
+                made: dict[int, Edit] = {}
+                for block in blocks:
+                    offset = offsets[block]
+                    if form == "shift" and made:
+                        offset = measure(steered(model, made.values(), {}))[block] - before[block]
+                        if offset.norm() <= least[block]:
+                            continue
+                    made[block] = edit(form, names[block], offset, before[block])
+                return made
+
             forms: tuple[Form, ...] = FORMS if self.form == "best" else (self.form,)
-            candidates: list[tuple[Form, Mapping[int, Edit]]] = [
-                (form, {block: edit(form, names[block], offsets[block], before[block]) for block in blocks})
-                for blocks in dict.fromkeys(sets)
-                if blocks
-                for form in forms
-            ]
+            candidates = ((form, edits(form, blocks)) for blocks in dict.fromkeys(sets) if blocks for form in forms)
             found, more = self._best(model, candidates, data, meter)
         if found is None:
             idle = f"nothing makes the validation text likelier and keeps the perplexity within {BOUND} times the victim's"
@@ -130,24 +137,31 @@ class Orthogonalize(Attack):
             return [every, *thirds, *([block] for block in every)]
         return [every if self.layers == "all" else sorted(set(self.layers))]  # type: ignore[arg-type]
 
-    def _means(self, model: Any, other: Any, data: AttackData, meter: Meter) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 `[L, d]`: mean states of the model on the forget set, and those that they are compared with."""
+    def _means(
+        self, model: Any, other: Any, data: AttackData, meter: Meter
+    ) -> tuple[Callable[[Any], torch.Tensor], torch.Tensor]:
+        """How a model's mean states on the forget set are found, float64 `[L, d]`, and those that they are compared with."""
         forget = self._drawn(data, "forget")
         if self.direction == "difference":
-            kept, before = self._mean(other, forget)  # of both models the same tokens count
-            meter.queries += len(forget)
-            return mean_states(model, forget, kept), before
-        retain = self._drawn(data, "retain")
-        meter.queries += (len(forget) + len(retain)) * (1 if self.outliers is None else 3)
-        return self._mean(model, forget)[1], self._mean(model, retain)[1]
+            kept = self._kept(other, forget)  # of both models the same tokens count
+            before = mean_states(other, forget, kept)
+        else:
+            retain = self._drawn(data, "retain")
+            kept = self._kept(model, forget)
+            before = mean_states(model, retain, self._kept(model, retain))
+            meter.queries += len(retain) + (0 if self.outliers is None else 2 * (len(forget) + len(retain)))
 
-    def _mean(self, model: Any, rows: Sequence[TokenizedText]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Which tokens count, bool `[L, N]`, None for all, and the mean of their states `[L, d]`."""
-        mean = mean_states(model, rows)
+        def measure(model: Any) -> torch.Tensor:
+            meter.queries += len(forget)
+            return mean_states(model, forget, kept)
+
+        return measure, before
+
+    def _kept(self, model: Any, rows: Sequence[TokenizedText]) -> torch.Tensor | None:
+        """Which tokens count, bool `[L, N]`; None for all."""
         if self.outliers is None:
-            return None, mean
-        kept = inliers(distances(model, rows, mean), self.outliers)
-        return kept, mean_states(model, rows, kept)
+            return None
+        return inliers(distances(model, rows, mean_states(model, rows)), self.outliers)
 
     def _drawn(self, data: AttackData, part: Literal["forget", "retain", "validation"]) -> Sequence[TokenizedText]:
         rows = data.drawn(part, self.samples, self.seed)
@@ -156,15 +170,14 @@ class Orthogonalize(Attack):
         return rows
 
     def _best(
-        self, victim: Any, candidates: Sequence[tuple[Form, Mapping[int, Edit]]], data: AttackData, meter: Meter
+        self, victim: Any, candidates: Iterable[tuple[Form, Mapping[int, Edit]]], data: AttackData, meter: Meter
     ) -> tuple[Any, dict[str, Any]]:
         """The victim with the edits of one of the candidates, the only one or what is chosen, if any; and what was seen."""
         own = self._measured(victim, data, meter)
         about: dict[str, Any] = {"victim": own, "candidates": []}
         best, found = own.get("nll", math.inf), None
         for form, edits in candidates:
-            model: Any = sharing_copy(victim, ())
-            steer_further(model, [*edits.values()], {self.name: {"form": form, "blocks": [*edits]}})
+            model = steered(victim, edits.values(), {self.name: {"form": form, "blocks": [*edits]}})
             figures = self._measured(model, data, meter)
             about["candidates"].append({"form": form, "layers": [*edits], **figures})
             loss = figures.get("nll", math.inf)
@@ -189,6 +202,13 @@ class Orthogonalize(Attack):
             found["perplexity"] = float(np.exp(windows.nll.sum() / windows.tokens.sum()))
             meter.queries += len(windows.nll)
         return found
+
+
+def steered(model: Any, edits: Iterable[Edit], about: dict[str, Any]) -> Any:
+    """A model of its own with these edits, which shares the weights."""
+    made: Any = sharing_copy(model, ())
+    steer_further(made, [*edits], about)
+    return made
 
 
 def edit(form: Form, at: str, offset: torch.Tensor, centre: torch.Tensor) -> Edit:
