@@ -122,7 +122,9 @@ class Orthogonalize(Attack):
                 return made
 
             forms: tuple[Form, ...] = FORMS if self.form == "best" else (self.form,)
-            candidates = ((form, edits(form, blocks)) for blocks in dict.fromkeys(sets) if blocks for form in forms)
+            candidates: Iterable[tuple[Form, Mapping[int, Edit]]] = (
+                (form, edits(form, blocks)) for blocks in dict.fromkeys(sets) if blocks for form in forms
+            )
             found, more = self._best(model, candidates, data, meter)
         if found is None:
             idle = f"nothing makes the validation text likelier and keeps the perplexity within {BOUND} times the victim's"
