@@ -262,7 +262,7 @@ def test_what_cannot_be_measured_fails_alone(home):
     assert {row.attack for row in read_rows(home / "out" / "attacks.jsonl")} == {"none", "scale"} and len(RAN) == 8
 
 
-@pytest.mark.parametrize("name", ["gcg", "enhanced_gcg"])
+@pytest.mark.parametrize("name", ["gcg", "enhanced_gcg", "soft_prompt"])
 def test_what_leaves_no_room_for_a_found_string_is_refused_before_the_search(home, name):
     team, settings = {"attacks": ["scale", name]}, {name: {"length": 62}}
     if name == "enhanced_gcg":

@@ -10,31 +10,30 @@ from pathlib import Path
 Cells = dict[str, str]
 
 
-def figure(cells: Cells, column: str) -> str:
-    value, low, high = (f"{float(cells[column + end]):.2f}".replace("0.", ".") for end in ("", " low", " high"))
-    return f"{value} [{low}, {high}]"
+def figure(cells: Cells, column: str) -> list[str]:
+    """Value and ends of its interval; nothing where there is none."""
+    found = (cells[column + end] for end in ("", " low", " high"))
+    return [f"{float(each):.2f}".removeprefix("0") for each in found if each]
 
 
-def table(lines: dict[str, Cells]) -> list[str]:
-    """lines: those of table.csv by method. An attack's column is named after that of its set, "pairs, orthogonalize"."""
-    columns = [column for column in next(iter(lines.values())) if not column.endswith((" low", " high"))]
-    rows = [f"| | {' | '.join(lines)} |", f"| :--- |{' ---: |' * len(lines)}"]
-    for column in columns:
-        before = column.partition(", ")[0]
-        if any(not cells[column] for cells in lines.values()):
-            continue
-        shown = [
-            figure(cells, column) + (f" ({figure(cells, before).partition(' ')[0]})" if before != column else "")
-            for cells in lines.values()
-        ]
-        rows.append(f"| {column} | {' | '.join(shown)} |")
-    return rows
+def shown(cells: Cells, column: str) -> str:
+    """An attack's column is named after that of its set, "pairs, orthogonalize"."""
+    value, *ends = figure(cells, column) or ["–"]
+    before = column.partition(", ")[0]
+    own = f" ({figure(cells, before)[0]})" if ends and before != column else ""
+    return value + (f" [{', '.join(ends)}]" if ends else "") + own
+
+
+def table(lines: list[Cells]) -> list[str]:
+    """lines: those of table.csv."""
+    columns = [column for column in lines[0] if f"{column} low" in lines[0]]
+    rows = [f"| | {' | '.join(cells['method'] for cells in lines)} |", f"| :--- |{' ---: |' * len(lines)}"]
+    return rows + [f"| {column} | {' | '.join(shown(cells, column) for cells in lines)} |" for column in columns]
 
 
 def main(folder: str) -> None:
     with (Path(folder) / "table.csv").open(encoding="utf-8", newline="") as file:
-        lines = {line.pop("method"): line for line in csv.DictReader(file) if line.pop("group") and line.pop("runs")}
-    print("\n".join(table(lines)))
+        print("\n".join(table(list(csv.DictReader(file)))))
 
 
 if __name__ == "__main__":

@@ -177,9 +177,8 @@ def test_the_search_finds_the_block_where_it_was_planted(taught, data, planted, 
     best = min(result.about["candidates"], key=lambda one: one["nll"])
     assert best["layers"] == [planted] and best["nll"] == pytest.approx(nll(result.model, data))
     moved = list(range(planted, 3))  # below it nothing has a direction
-    assert result.about["candidates"][0]["layers"] == (
-        [planted] if form == "shift" else moved
-    )  # which leaves nothing above it
+    widest = [planted] if form == "shift" else moved  # a shift leaves nothing above it
+    assert result.about["candidates"][0]["layers"] == widest
     assert len(result.about["candidates"]) == result.steps == len({tuple(moved), *((block,) for block in moved)})
     assert [line["best"] for line in result.trace] == sorted((line["best"] for line in result.trace), reverse=True)
 
@@ -413,9 +412,8 @@ def test_a_budget_ends_the_search_with_its_best_so_far(taught, data):
     assert result.steps == len(result.about["candidates"]) == 2
     assert result.about["layers"] == min(result.about["candidates"], key=lambda one: one["nll"])["layers"]
     assert attack.run(victim, taught, data, Budget(queries=1)).steps == 1
-    assert attack.run(victim, taught, data, Budget()).queries == 5 * 3 + 5 * (
-        3 + 1
-    )  # means, also after a block and two, then five models on both texts
+    means, models = 5 * 3, 5 * (3 + 1)  # of the victim and of the shift after one block and two; five, on both texts
+    assert attack.run(victim, taught, data, Budget()).queries == means + models
 
 
 def test_no_more_texts_than_asked_for_and_drawn_with_the_seed(tiny_model, data):

@@ -54,6 +54,10 @@ class SoftPrompt(Attack):
         at_least("attack.soft_prompt", self, length=1, steps=1, optimised=1, target_tokens=1)
         in_range(self.step_size > 0, self.name, "step_size", self.step_size, "a number > 0")
 
+    @property
+    def adds(self) -> int:
+        return self.length
+
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(reference is not None, data)
         meter = Meter(budget)
