@@ -89,7 +89,7 @@ def red_team(
     if reference is not None:
         original = merged(load_model(reference, revision=reference_revision, **assembly.loading(config))[0])
         subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
-    had, measured = _attackers_data(config, team, tokenizer, scorers[0]), _measured(config, tokenizer)
+    had, measured = attackers_data(config, team, tokenizer, scorers[0]), measured_data(config, tokenizer)
     plan = dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
     every = [attack for several in attacks.values() for attack in several]
     for attack in every:
@@ -177,7 +177,7 @@ def merged(model: Any) -> Any:
     return model.float().merge_and_unload()
 
 
-def _attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any) -> AttackData:
+def attackers_data(config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any) -> AttackData:
     args = assembly.build_training(config.training, Path("unused"), config.seed)
     data = assembly.training_data(config, tokenizer, args)
     if isinstance(data, Unpaired):
@@ -209,7 +209,7 @@ def _same(name: str, other: str) -> bool:
     return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
 
 
-def _measured(config: RunConfig, tokenizer: Any) -> EvaluationData:
+def measured_data(config: RunConfig, tokenizer: Any) -> EvaluationData:
     """What a run is measured on, but for the prompts of F1."""
     data = dataclasses.replace(config.data, neutral=None)
     asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
