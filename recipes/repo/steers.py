@@ -24,7 +24,7 @@ RESULTS = Path("benchmarks/results/steers.jsonl")
 
 def found_in(folder: Path) -> list[dict[str, Any]]:
     """Toxicity of the model and of its reference, as they are and with the edits that each form finds for the model."""
-    config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"]))
+    config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
     model, tokenizer = load_model(folder / "model", **assembly.loading(config))
     reference, _ = load_model(config.model, revision=config.revision, **assembly.loading(config))
     scorers = [load_scorer(name) for name in config.evaluation.scorers]

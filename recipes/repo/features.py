@@ -1,0 +1,103 @@
+"""Can a linear probe still tell toxic from benign tokens inside a model? Fitted anew on the states of each, layer by layer.
+
+python recipes/repo/features.py runs/mine [runs/other ...]    # benchmarks/results/features.jsonl; prints the table
+
+A probe learns on pairs that the run was trained on, and its area under the curve is of held-out pairs, tokens of their
+continuations, with an interval over pairs. Into block 0 go embeddings: what that layer tells are the words themselves.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from expunge import assembly, load_model
+from expunge.config import RunConfig, load_config
+from expunge.data import Pair, Text, load_pairs
+from expunge.data.tokenize import TokenizedText, tokenize_texts
+from expunge.metrics.stats import interval, resample_counts
+from expunge.models import Layer, depth, hidden_states
+from expunge.rows import read_lines, write_lines
+
+RESULTS = Path("benchmarks/results/features.jsonl")
+PAIRS, HELDOUT, RESAMPLES = 500, 500, 200
+States = dict[Layer, np.ndarray]
+
+
+def states_of(model: Any, rows: Sequence[TokenizedText], layers: Sequence[Layer]) -> States:
+    """Of each layer the states at continuation tokens, `[N, d]`, text by text."""
+    found: dict[Layer, list[np.ndarray]] = {layer: [] for layer in layers}
+    for prompt, continuation in rows:
+        ids = torch.tensor([prompt + continuation])
+        with torch.inference_mode():
+            states = hidden_states(model, ids, torch.ones_like(ids), layers)
+        for layer in layers:
+            found[layer].append(states[layer][0, len(prompt) :].numpy())
+    return {layer: np.concatenate(parts) for layer, parts in found.items()}
+
+
+def tokens_of(
+    model: Any, tokenizer: Any, pairs: Sequence[Pair], layers: Sequence[Layer]
+) -> tuple[States, np.ndarray, np.ndarray]:
+    """States of all tokens of both sides, whether each is of the rejected side, and the number of its pair."""
+    texts = [Text(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    rows, counts = tokenize_texts(texts, tokenizer)
+    assert len(rows) == len(texts), counts
+    lengths = [len(continuation) for _, continuation in rows]
+    return (
+        states_of(model, rows, layers),
+        np.repeat(np.arange(len(rows)) % 2, lengths),
+        np.repeat(np.arange(len(rows)) // 2, lengths),
+    )
+
+
+def found_in(name: str, model: Any, tokenizer: Any, train: Sequence[Pair], heldout: Sequence[Pair]) -> list[dict[str, Any]]:
+    layers: list[Layer] = [*range(depth(model)), "pre_norm", "final"]
+    (seen, bad, _), (new, truth, pair) = (tokens_of(model, tokenizer, pairs, layers) for pairs in (train, heldout))
+    lines, counts = [], resample_counts(len(heldout))[:RESAMPLES]
+    for layer in layers:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(seen[layer], bad)
+        score = probe.decision_function(new[layer])
+        low, high = interval(np.array([roc_auc_score(truth, score, sample_weight=drawn[pair]) for drawn in counts]))
+        auc = float(roc_auc_score(truth, score))
+        lines.append({"model": name, "layer": layer, "auc": auc, "low": low, "high": high, "pairs": len(heldout)})
+        print(f"{name}: into block {layer}: {auc:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each layer, a column for each model."""
+    names = list(dict.fromkeys(line["model"] for line in lines))
+    cells: dict[Any, dict[str, str]] = {}
+    for line in lines:
+        ends = ", ".join(f"{line[end]:.3f}".removeprefix("0") for end in ("low", "high"))
+        cells.setdefault(line["layer"], {})[line["model"]] = f"{line['auc']:.3f}".removeprefix("0") + f" [{ends}]"
+    made = [[str(layer), *(own.get(name, "") for name in names)] for layer, own in cells.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [["states", *names], [":---"] + ["---:"] * len(names), *made])
+
+
+def main(*folders: str) -> None:
+    lines: list[dict[str, Any]] = []
+    for folder in map(Path, folders):
+        config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
+        model, tokenizer = load_model(folder / "model", **assembly.loading(config))
+        train = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed, tokenizer=tokenizer)[:PAIRS]
+        heldout = load_pairs(config.data.heldout, limit=HELDOUT, tokenizer=tokenizer)
+        if not lines:
+            lines += found_in(
+                "reference", load_model(config.model, **assembly.loading(config))[0], tokenizer, train, heldout
+            )
+        lines += found_in(config.method["name"], model, tokenizer, train, heldout)
+        write_lines(RESULTS, lines)
+    print(table(lines or read_lines(RESULTS)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
