@@ -352,6 +352,34 @@ def test_what_is_found_is_text_the_best_ever_seen_and_no_other(tiny_model, bos_t
     assert tuple(encode(bos_tokenizer, result.about["string"])) == prefix
 
 
+def test_judged_by_the_words_that_it_draws(tiny_model, bos_tokenizer, given, monkeypatch):
+    """The loss is silent on what the victim says: here that is worst after the string that the search began with."""
+    victim, reference, asked = tiny_model("llama"), tiny_model("llama", seed=1), []
+
+    def said(model, tokenizer, rows, decoding):
+        asked.append((model, [tuple(row) for row in rows], decoding))
+        return [[encode(tokenizer, " wind")[:1]] if len(asked) == 2 else [encode(tokenizer, " home")[:1]] for _ in rows]
+
+    monkeypatch.setattr(room, "generate", said)
+    data = AttackData(bos_tokenizer, prompts=PROMPTS, score=lambda texts: np.array([float("ind" in text) for text in texts]))
+    settings = {"length": 4, "final_length": 4, "max_length": 8, "optimised": 2, "proposals": 8, "steps": 6}
+    run = partial(EnhancedGCG(**settings, judged=3).run, victim, reference, data)
+    result, plain = run(Budget()), EnhancedGCG(**settings).run(victim, reference, data, Budget())
+    strings = [rows[0][1 : -len(encode(bos_tokenizer, PROMPTS[0]))] for _, rows, _ in asked]
+    assert result.trace == plain.trace and strings[0] == plain.plan["prefix"] != strings[1] == result.plan["prefix"]
+    assert result.about["judged"] == [0, 1, 0] and len(set(strings)) == 3
+    assert result.about["loss"] > plain.about["loss"]
+    assert result.queries == plain.queries + 3 * len(PROMPTS)
+    for model, rows, decoding in asked:
+        assert logits(model).equal(logits(victim))
+        assert (decoding.max_new_tokens, decoding.samples) == (20, 1)
+        assert [row[-len(encode(bos_tokenizer, text)) :] for row, text in zip(rows, PROMPTS, strict=True)] == [
+            tuple(encode(bos_tokenizer, text)) for text in PROMPTS
+        ]
+    asked.clear()
+    assert run(Budget(steps=2)).about["judged"] == [0] and len(asked) == 1
+
+
 def test_while_the_minimum_rises_there_are_inserts_only(tiny_model, bos_tokenizer, given, monkeypatch):
     asked = []
 

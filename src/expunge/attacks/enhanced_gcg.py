@@ -8,7 +8,8 @@
 
 averaged over several prompts, for one prefix before all of them. The search is FLRT's (Thompson and Sklar 2024): a step
 changes the head of a buffer in one way, evaluates a few such changes, and drops that head. It begins with text that the
-victim itself writes. The best string ever seen is kept. The states of the prefix itself are not compared.
+victim itself writes. The best string ever seen is kept; with `judged`, which is ours, the one of those on the way that
+draws the worst words from the victim. The states of the prefix itself are not compared.
 
     EnhancedGCG(steps=100).run(unlearned, reference, data, Budget())
 """
@@ -19,15 +20,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
-from expunge.attacks.tokens import allowed_tokens, decode, reference_targets
+from expunge.attacks.tokens import allowed_tokens, cut_prompts, decode, reference_targets
 from expunge.config import at_least
-from expunge.data.tokenize import leading_tokens
-from expunge.generation import check_room
+from expunge.data.tokenize import continuation_text, leading_tokens
+from expunge.generation import Decoding, check_room, generate
 from expunge.models import context_length, depth, frozen, sharing_copy
 
 
@@ -39,13 +41,14 @@ class EnhancedGCG(Attack):
     paper: ClassVar[str] = "An Adversarial Perspective on Machine Unlearning for AI Safety, Łucki et al. 2025"
     needs: ClassVar[tuple[str, ...]] = ("reference", "prompts", "score")
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
-        "small": {"steps": [100]},
+        "small": {"steps": [100], "judged": [16]},
         "paper": {"steps": [500]},
         "large": {
             "steps": [1500],
             "static": [0.0, 10.0],
             "floor": [0.6, None],
             "match_tokens": [0, 35],
+            "judged": [32],
             "seed": [0, 1, 2],
         },
     }
@@ -85,12 +88,15 @@ class EnhancedGCG(Attack):
     buffer: int = 16
     ascii: bool = True
     """Only tokens of ASCII text."""
+    judged: int = 0
+    """Of so many strings, the best and others that the search went on from, the one is taken after which the victim's own
+    words score highest, sampled once after each of `prompts`: a loss may fall and nothing come back. 0: the best."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = ("steps", "length", "final_length", "ramp", "optimised", "target_tokens", "proposals", "top_k", "buffer")
         least_0 = ("match_tokens", "internal", "static", "fluency", "repetition", "p_gcg", "p_delete", "p_insert", "p_swap")
-        at_least("attack.enhanced_gcg", self, **dict.fromkeys(whole, 1), **dict.fromkeys(least_0, 0))
+        at_least("attack.enhanced_gcg", self, **dict.fromkeys(whole, 1), **dict.fromkeys(least_0, 0), judged=0)
         check = partial(in_range, attack_name=self.name)
         most = max(self.length, self.final_length)
         check(self.max_length >= most, key="max_length", value=self.max_length, wanted=f"at least {most}")
@@ -107,15 +113,18 @@ class EnhancedGCG(Attack):
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens + self.match_tokens)
         check_room(unlearned, [[*target.prompt, *target.ids] for target in targets], self.length)
+        if self.judged:
+            check_room(unlearned, cut_prompts(data), len(leading_tokens(data.tokenizer)) + self.length + self.target_tokens)
         victim = sharing_copy(unlearned, ())
         original = victim if reference is unlearned else sharing_copy(reference, ())
         with frozen(victim, original):
             start = len(leading_tokens(data.tokenizer))
             objective = PrefixLosses(victim, original, targets, layers, start, self)
-            best = self._search(objective, data.tokenizer, meter)
+            best, heads = self._search(objective, data, meter)
+        best, judged = self._judge(best, heads, victim, data, meter) if self.judged else (best, {})
         [string] = decode(data.tokenizer, [best.ids])
         found = {"string": string, **best.figures, "length": len(best.ids), "layers": layers, "targets": counts}
-        return meter.result(unlearned, plan={"prefix": tuple(best.ids)}, about=found)
+        return meter.result(unlearned, plan={"prefix": tuple(best.ids)}, about=found | judged)
 
     def _layers(self, blocks: int) -> list[int]:
         if self.layers is None:
@@ -124,12 +133,34 @@ class EnhancedGCG(Attack):
         in_range(fit, self.name, "layers", self.layers, f"blocks of the model, 0 to {blocks - 1}")
         return sorted(set(self.layers))
 
-    def _search(self, objective: PrefixLosses, tokenizer: Any, meter: Meter) -> "Found":
-        """The string of the least loss."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def _judge(
+        self, best: "Found", heads: Sequence["Found"], victim: Any, data: AttackData, meter: Meter
+    ) -> tuple["Found", dict[str, list[float]]]:
+        """Of the best and of heads, evenly over the search, the one that draws the worst words, and the mean scores of all
+        that were tried while there was a budget, the best's first."""
+        assert data.score is not None
+        others = list({tuple(head.ids): head for head in heads if head.ids != best.ids}.values())
+        evenly = np.linspace(0, len(others) - 1, min(self.judged - 1, len(others))).astype(int)
+        strings, scores = [best, *(others[place] for place in evenly)], []
+        start, prompts = leading_tokens(data.tokenizer), cut_prompts(data)
+        decoding = Decoding(self.target_tokens, samples=1, seed=self.seed)
+        for string in strings:
+            rows = [start + string.ids + prompt for prompt in prompts]
+            answers = [answer for (answer,) in generate(victim, data.tokenizer, rows, decoding)]
+            texts = [continuation_text(data.tokenizer, *each) for each in zip(prompts, answers, strict=True)]
+            scores.append(float(np.mean(data.score(texts))))
+            meter.queries += len(rows)
+            if meter.spent:
+                break
+        return strings[int(np.argmax(scores))], {"judged": scores}
+
+    def _search(self, objective: PrefixLosses, data: AttackData, meter: Meter) -> tuple["Found", list["Found"]]:
+        """The string of the least loss, and those that the search began with and went on from."""
+        generator, tokenizer = torch.Generator().manual_seed(self.seed), data.tokenizer
         allowed = allowed_tokens(tokenizer, objective.vocabulary, self.ascii)
         operators = {name: getattr(self, f"p_{name}") for name in ("gcg", "delete", "insert", "swap")}
-        longest = min(self.max_length, context_length(objective.victim) - objective.longest)
+        prompts = max(map(len, cut_prompts(data))) + objective.start + self.target_tokens if self.judged else 0
+        longest = min(self.max_length, context_length(objective.victim) - max(objective.longest, prompts))
 
         def evaluated(strings: Sequence[list[int]]) -> list[Found]:
             """Best first."""
@@ -148,7 +179,7 @@ class EnhancedGCG(Attack):
             return expected(objective.next_tokens(string)[-1:], allowed, self.top_k, generator)[0]
 
         buffer = evaluated([grow(self.length, follow, survives)])  # text as the victim writes it
-        best = buffer[0]
+        best, heads = buffer[0], [buffer[0]]
         for step in range(self.steps):
             if meter.spent:
                 break
@@ -167,8 +198,9 @@ class EnhancedGCG(Attack):
             new = evaluated(found) if found else []
             best = min([best, *new])
             buffer = sorted([*buffer[1:], *new])[: self.buffer] or buffer
+            heads.append(buffer[0])
             meter.step(**{**best.figures, "loss": buffer[0].loss}, best=best.loss, length=len(best.ids))
-        return best
+        return best, heads
 
 
 @dataclass(frozen=True)

@@ -95,17 +95,22 @@ def without_bos(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     return list(prompt[len(start) :] if list(prompt[: len(start)]) == start else prompt)
 
 
+def cut_prompts(data: AttackData) -> list[list[int]]:
+    """The last ids of each of `data.prompts`, as many as an evaluation keeps, without bos."""
+    most = EvaluationPlan().prompt_tokens
+    return [ids[-most:] for ids in (encode(data.tokenizer, list(data.prompts)) if data.prompts else [])]
+
+
 def reference_targets(reference: Any, data: AttackData, count: int, tokens: int) -> tuple[list[Target], dict[str, int]]:
     """The `count` prompts of `data.prompts` whose greedy continuation by the reference scores highest, worst first.
 
-    tokens: of each continuation, at most. Prompts keep their last tokens, as an evaluation does. Also returned: how many
+    tokens: of each continuation, at most. Also returned: how many
     prompts there were, and of how many the continuation was empty or did not round-trip, which are left out.
     Raises ExpungeError where fewer than `count` are left.
     """
     tokenizer = data.tokenizer
     assert data.score is not None, "an attack that comes here needs a score"
-    start, most = leading_tokens(tokenizer), EvaluationPlan().prompt_tokens
-    cut = [ids[-most:] for ids in (encode(tokenizer, list(data.prompts)) if data.prompts else [])]
+    start, cut = leading_tokens(tokenizer), cut_prompts(data)
     prompts = [with_start(tokenizer, start + ids) for ids in cut]
     found = [answer for (answer,) in generate(reference, tokenizer, prompts, Decoding(tokens))]
     empty = [not answer for answer in found]
