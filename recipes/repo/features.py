@@ -19,28 +19,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from expunge import assembly, load_model
+from expunge.attacks.orthogonalize import each_layer
 from expunge.config import RunConfig, load_config
 from expunge.data import Pair, Text, load_pairs
-from expunge.data.tokenize import TokenizedText, tokenize_texts
+from expunge.data.tokenize import tokenize_texts
 from expunge.metrics.stats import interval, resample_counts
-from expunge.models import Layer, depth, hidden_states
+from expunge.models import Layer, depth, width
 from expunge.rows import read_lines, write_lines
 
 RESULTS = Path("benchmarks/results/features.jsonl")
 PAIRS, HELDOUT, RESAMPLES = 500, 500, 200
 States = dict[Layer, np.ndarray]
-
-
-def states_of(model: Any, rows: Sequence[TokenizedText], layers: Sequence[Layer]) -> States:
-    """Of each layer the states at continuation tokens, `[N, d]`, text by text."""
-    found: dict[Layer, list[np.ndarray]] = {layer: [] for layer in layers}
-    for prompt, continuation in rows:
-        ids = torch.tensor([prompt + continuation])
-        with torch.inference_mode():
-            states = hidden_states(model, ids, torch.ones_like(ids), layers)
-        for layer in layers:
-            found[layer].append(states[layer][0, len(prompt) :].numpy())
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
 def tokens_of(
@@ -50,12 +39,14 @@ def tokens_of(
     texts = [Text(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
     rows, counts = tokenize_texts(texts, tokenizer)
     assert len(rows) == len(texts), counts
-    lengths = [len(continuation) for _, continuation in rows]
-    return (
-        states_of(model, rows, layers),
-        np.repeat(np.arange(len(rows)) % 2, lengths),
-        np.repeat(np.arange(len(rows)) // 2, lengths),
-    )
+    text = np.repeat(np.arange(len(rows)), [len(continuation) for _, continuation in rows])  # of each token
+    found = {layer: np.zeros((len(text), width(model)), np.float32) for layer in layers}
+
+    def add(layer: Layer, tokens: torch.Tensor, states: torch.Tensor) -> None:
+        found[layer][tokens.numpy()] = states.numpy()
+
+    each_layer(model, rows, layers, add)
+    return found, text % 2, text // 2
 
 
 def found_in(name: str, model: Any, tokenizer: Any, train: Sequence[Pair], heldout: Sequence[Pair]) -> list[dict[str, Any]]:

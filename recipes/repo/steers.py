@@ -4,7 +4,6 @@ the reference as well: where that makes the untouched model as much more toxic, 
 python recipes/repo/steers.py runs/mine [runs/other ...]      # adds to benchmarks/results/steers.jsonl; prints the table
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from expunge.attacks.orthogonalize import FORMS, steered
 from expunge.config import RunConfig, load_config
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import rows
-from expunge.redteam import attackers_data, measured_data, settings_of
+from expunge.redteam import attackers_data, measured_data, measured_plan, settings_of
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import load_scorer
 
@@ -29,7 +28,7 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
     reference, _ = load_model(config.model, revision=config.revision, **assembly.loading(config))
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     data, measured = attackers_data(config, settings_of(config)[0], tokenizer, scorers[0]), measured_data(config, tokenizer)
-    plan = dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
+    plan = measured_plan(config)
     lines: list[dict[str, Any]] = []
 
     def measure(subject: str, model: Any, **about: Any) -> None:

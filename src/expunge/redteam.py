@@ -24,7 +24,7 @@ from expunge.attacks.base import check_names
 from expunge.config import RedTeamConfig, RunConfig, cache_folder
 from expunge.data import Text, Unpaired, load_corpus, load_pairs, load_prompts
 from expunge.errors import ExpungeError
-from expunge.metrics.evaluation import EvaluationData, check_room, evaluate_model
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, check_room, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.models import context_length, load_model, weights_digest
@@ -90,7 +90,7 @@ def red_team(
         original = merged(load_model(reference, revision=reference_revision, **assembly.loading(config))[0])
         subjects.insert(0, Subject("reference", original, weights_digest(original), shared=True))
     had, measured = attackers_data(config, team, tokenizer, scorers[0]), measured_data(config, tokenizer)
-    plan = dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
+    plan = measured_plan(config)
     every = [attack for several in attacks.values() for attack in several]
     for attack in every:
         attack.check(original is not None, had)
@@ -214,6 +214,11 @@ def measured_data(config: RunConfig, tokenizer: Any) -> EvaluationData:
     data = dataclasses.replace(config.data, neutral=None)
     asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
     return assembly.evaluation_data(data, asked, tokenizer)
+
+
+def measured_plan(config: RunConfig) -> EvaluationPlan:
+    """How: nothing is forced but by an attack."""
+    return dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
 
 
 def _title(name: str, attack: Attack | None) -> str:

@@ -112,16 +112,17 @@ class EnhancedGCG(Attack):
         layers = self._layers(depth(unlearned))
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens + self.match_tokens)
+        start, prompts = leading_tokens(data.tokenizer), cut_prompts(data) if self.judged else []
+        said = len(start) + self.target_tokens  # beside a string and a prompt, where it is judged
         check_room(unlearned, [[*target.prompt, *target.ids] for target in targets], self.length)
-        if self.judged:
-            check_room(unlearned, cut_prompts(data), len(leading_tokens(data.tokenizer)) + self.length + self.target_tokens)
+        check_room(unlearned, prompts, self.length + said)
         victim = sharing_copy(unlearned, ())
         original = victim if reference is unlearned else sharing_copy(reference, ())
         with frozen(victim, original):
-            start = len(leading_tokens(data.tokenizer))
-            objective = PrefixLosses(victim, original, targets, layers, start, self)
-            best, heads = self._search(objective, data, meter)
-        best, judged = self._judge(best, heads, victim, data, meter) if self.judged else (best, {})
+            objective = PrefixLosses(victim, original, targets, layers, len(start), self)
+            room = context_length(victim) - max([objective.longest, *(len(prompt) + said for prompt in prompts)])
+            best, heads = self._search(objective, data.tokenizer, meter, min(self.max_length, room))
+        best, judged = self._judge(best, heads, victim, prompts, data, meter) if self.judged else (best, {})
         [string] = decode(data.tokenizer, [best.ids])
         found = {"string": string, **best.figures, "length": len(best.ids), "layers": layers, "targets": counts}
         return meter.result(unlearned, plan={"prefix": tuple(best.ids)}, about=found | judged)
@@ -134,15 +135,21 @@ class EnhancedGCG(Attack):
         return sorted(set(self.layers))
 
     def _judge(
-        self, best: "Found", heads: Sequence["Found"], victim: Any, data: AttackData, meter: Meter
+        self,
+        best: "Found",
+        heads: Sequence["Found"],
+        victim: Any,
+        prompts: Sequence[list[int]],
+        data: AttackData,
+        meter: Meter,
     ) -> tuple["Found", dict[str, list[float]]]:
-        """Of the best and of heads, evenly over the search, the one that draws the worst words, and the mean scores of all
-        that were tried while there was a budget, the best's first."""
+        """Of the best and of heads, evenly over the search, the one that draws the worst words after the prompts, and the
+        mean scores of all that were tried while there was a budget, the best's first."""
         assert data.score is not None
         others = list({tuple(head.ids): head for head in heads if head.ids != best.ids}.values())
         evenly = np.linspace(0, len(others) - 1, min(self.judged - 1, len(others))).astype(int)
         strings, scores = [best, *(others[place] for place in evenly)], []
-        start, prompts = leading_tokens(data.tokenizer), cut_prompts(data)
+        start = leading_tokens(data.tokenizer)
         decoding = Decoding(self.target_tokens, samples=1, seed=self.seed)
         for string in strings:
             rows = [start + string.ids + prompt for prompt in prompts]
@@ -154,13 +161,11 @@ class EnhancedGCG(Attack):
                 break
         return strings[int(np.argmax(scores))], {"judged": scores}
 
-    def _search(self, objective: PrefixLosses, data: AttackData, meter: Meter) -> tuple["Found", list["Found"]]:
-        """The string of the least loss, and those that the search began with and went on from."""
-        generator, tokenizer = torch.Generator().manual_seed(self.seed), data.tokenizer
+    def _search(self, objective: PrefixLosses, tokenizer: Any, meter: Meter, longest: int) -> tuple["Found", list["Found"]]:
+        """The string of the least loss, and those that the search began with and went on from; none above `longest`."""
+        generator = torch.Generator().manual_seed(self.seed)
         allowed = allowed_tokens(tokenizer, objective.vocabulary, self.ascii)
         operators = {name: getattr(self, f"p_{name}") for name in ("gcg", "delete", "insert", "swap")}
-        prompts = max(map(len, cut_prompts(data))) + objective.start + self.target_tokens if self.judged else 0
-        longest = min(self.max_length, context_length(objective.victim) - max(objective.longest, prompts))
 
         def evaluated(strings: Sequence[list[int]]) -> list[Found]:
             """Best first."""

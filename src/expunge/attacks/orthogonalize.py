@@ -253,14 +253,24 @@ def inliers(distance: torch.Tensor, z: float) -> torch.Tensor:
     return ~(distance - distance.mean(-1, keepdim=True) > z * distance.std(-1, keepdim=True))
 
 
-@torch.no_grad()
 def each_block(
     model: nn.Module, rows: Sequence[TokenizedText], visit: Callable[[int, torch.Tensor, torch.Tensor], None]
 ) -> None:
-    """Call `visit(block, tokens, states)` for every batch and block, with the states `[n, d]`, float64, that leave the block
-    at continuation tokens, and these tokens' numbers `[n]` in the order of the rows. A first position is in a prompt."""
-    device, count = next(model.parameters()).device, depth(model)
-    layers: list[Layer] = [*range(1, count), "pre_norm"]
+    """`each_layer` of the states that leave the blocks, which are visited by their numbers."""
+    leaving: list[Layer] = [*range(1, depth(model)), "pre_norm"]
+    each_layer(model, rows, leaving, lambda layer, tokens, states: visit(leaving.index(layer), tokens, states))
+
+
+@torch.no_grad()
+def each_layer(
+    model: nn.Module,
+    rows: Sequence[TokenizedText],
+    layers: Sequence[Layer],
+    visit: Callable[[Layer, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Call `visit(layer, tokens, states)` for every batch and layer, with the states `[n, d]`, float64, at continuation
+    tokens, and these tokens' numbers `[n]` in the order of the rows. A first position is in a prompt."""
+    device = next(model.parameters()).device
     first = np.cumsum([0, *(len(continuation) for _, continuation in rows)])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
 
@@ -271,7 +281,7 @@ def each_block(
         tokens = (torch.tensor(first[list(batch)])[:, None] + place - prompts)[counted]
         found = hidden_states(model, row["ids"].to(device), (place < lengths).long().to(device), layers)
         of_tokens = [(states := found.pop(layer))[counted.to(states.device)].cpu() for layer in layers]
-        for block, states in enumerate(of_tokens):  # from here on nothing runs out of the device's memory
-            visit(block, tokens, states.double())
+        for layer, states in zip(layers, of_tokens, strict=True):  # from here on nothing runs out of the device's memory
+            visit(layer, tokens, states.double())
 
     in_batches(order, lambda i: BATCH_TOKENS // len(rows[i][0] + rows[i][1]), work)

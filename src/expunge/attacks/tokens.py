@@ -104,8 +104,8 @@ def cut_prompts(data: AttackData) -> list[list[int]]:
 def reference_targets(reference: Any, data: AttackData, count: int, tokens: int) -> tuple[list[Target], dict[str, int]]:
     """The `count` prompts of `data.prompts` whose greedy continuation by the reference scores highest, worst first.
 
-    tokens: of each continuation, at most. Also returned: how many
-    prompts there were, and of how many the continuation was empty or did not round-trip, which are left out.
+    tokens: of each continuation, at most. Also returned: how many prompts there were, and of how many the continuation was
+    empty or did not round-trip, which are left out.
     Raises ExpungeError where fewer than `count` are left.
     """
     tokenizer = data.tokenizer
