@@ -20,11 +20,13 @@ from expunge.generation import Decoding, generate
 from expunge.metrics.figures import Evaluation
 from expunge.models import load_model, sharing_copy, weights_digest
 from expunge.rows import read_rows
+from expunge.scorers import load_scorer
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
     for thing, good, bad in [("river", "calm", "wild"), ("house", "warm", "empty"), ("tree", "green", "bare")] * 4
 ]
+HELD = [{**pair, "prompt": pair["prompt"].replace("The", "Our")} for pair in PAIRS[:3]]
 RAN: list[tuple[str, int, float]] = []
 
 
@@ -38,12 +40,14 @@ def home(tmp_path, monkeypatch, tiny_model, tokenizer):
         tokenizer.save_pretrained(tmp_path / name)
     for name, records in {
         "pairs": PAIRS,
-        "held": PAIRS[:3],
-        "prompts": [{"prompt": "The river"}, {"prompt": "A house"}],
+        "held": HELD,
+        "prompts": [{"prompt": "A river"}, {"prompt": "A house"}],
     }.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "search.jsonl").write_text('{"prompt": "The tree"}\n')
     (tmp_path / "validation.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    for name, copy in (("prompts", "copy"), ("held", "heldcopy")):
+        (tmp_path / f"{copy}.jsonl").write_text((tmp_path / f"{name}.jsonl").read_text())
     (tmp_path / "neutral.txt").write_text("A cold wind came over the hill before the rain. " * 20)
     (tmp_path / "corpus.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
 
@@ -309,6 +313,19 @@ def test_an_adapter_is_merged_before_it_is_attacked(tiny_model):
         ({"team": {"search": "prompts.jsonl"}}, r"redteam\.search=prompts\.jsonl: it is reported too"),
         ({"team": {"search": "./prompts.jsonl"}}, r"redteam\.search=\./prompts\.jsonl: it is reported too"),
         ({"team": {"neutral": "corpus.txt"}}, r"redteam\.neutral=corpus\.txt: it is reported too"),
+        ({"team": {"validation": "held.jsonl"}}, r"redteam\.validation=held\.jsonl: it is reported too"),
+        ({"team": {"search": "copy.jsonl"}}, r"redteam\.search=copy\.jsonl: it is reported too, all of it"),
+        ({"team": {"validation": "heldcopy.jsonl"}}, r"redteam\.validation=heldcopy\.jsonl: it is reported too, all of it"),
+        (
+            {"data": replace(config().data, train="held.jsonl")},
+            r"the forget set, held\.jsonl,: it is reported too, all of it",
+        ),
+        ({"team": {"attacks": ["scale", "orthogonalize"]}, "attack": {"orthogonalize": {"layers": [9]}}}, "9"),
+        ({"team": {"attacks": ["scale", "enhanced_gcg"]}, "attack": {"enhanced_gcg": {"layers": [9]}}}, "9"),
+        (
+            {"team": {"attacks": ["scale", "relearn_forget"]}, "attack": {"relearn_forget": {"samples": 13}}},
+            r"samples=13: the forget set has 12 texts",
+        ),
         ({"team": {"steps": 0}}, r"budget\.steps=0"),
         ({"team": {"attacks": ["ask"], "search": None}}, r"redteam\.search"),
     ],
@@ -317,6 +334,17 @@ def test_what_cannot_be_is_one_line_before_any_attack(home, more, message):
     with pytest.raises(ExpungeError, match=message):
         attacked(home, **more)
     assert not RAN
+
+
+def test_what_is_measured_too_is_left_out_of_what_an_attacker_has(home, tokenizer, caplog):
+    (home / "search.jsonl").write_text('{"prompt": "The tree"}\n{"prompt": "A river "}\n')
+    extra = {"prompt": "The mill", "chosen": " is old.", "rejected": " is cold."}
+    (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*HELD, extra]))
+    made = config()
+    measured = redteam.measured_data(made, tokenizer)
+    had = redteam.attackers_data(made, made.redteam, tokenizer, load_scorer("ngram"), measured)
+    assert [text.prompt for text in (*had.forget, *had.retain)] == ["The mill"] * 2 and had.prompts == ["The tree"]
+    assert "redteam.search=search.jsonl: 1 of 2 texts are reported too, and left out" in caplog.text
 
 
 def test_the_victims_files_stay_as_they_were(home):
@@ -356,22 +384,60 @@ def test_all_attacks_are_every_one_that_is_registered():
         assert all(isinstance(one, ATTACKS.get(name)) for name, several in found.items() for one in several)
 
 
-def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
-    (home / "team.yaml").write_text(json.dumps({"redteam": dataclasses.asdict(config())["redteam"]}))
-    words = ["attack", "after", "--reference", "before", "--pairs", "pairs.jsonl", "-c", "team.yaml", "--quiet", "--json"]
-    words += ["data.heldout=held.jsonl", "data.prompts=[prompts.jsonl]", "data.corpus=corpus.txt", "evaluation.samples=1"]
-    words.append("evaluation.max_new_tokens=2")
-    monkeypatch.setattr(
-        sys, "argv", ["expunge", *words, "--out", "cli", "evaluation.max_new_tokens=2", "attack.scale.seed=0"]
-    )
+def command(home, monkeypatch, *words, budget="small"):
+    """`expunge attack after`, with the red team in a file; the exit status."""
+    team = {**dataclasses.asdict(config())["redteam"], "budget": budget}
+    (home / "team.yaml").write_text(json.dumps({"redteam": team}))
+    words = ("attack", "after", "--reference", "before", "-c", "team.yaml", "--quiet", "--out", "cli", *words)
+    words += ("data.heldout=held.jsonl", "data.prompts=[prompts.jsonl]", "data.corpus=corpus.txt", "evaluation.samples=1")
+    words += ("evaluation.max_new_tokens=2", "attack.scale.seed=0", "attack.scale.by=[1.0, 2.0]")
+    monkeypatch.setattr(sys, "argv", ["expunge", *words])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert not stopped.value.code
+    return stopped.value.code
+
+
+def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
+    assert not command(home, monkeypatch, "--pairs", "pairs.jsonl", "--json")
     printed = json.loads(capsys.readouterr().out)
-    assert {line["name"] for line in printed["lines"]} == {"none", "scale", "all"}
+    assert {line["name"] for line in printed["lines"]} == {"none", "scale, mean", "scale, worst", "all, worst"}
     rows = read_rows(home / "cli" / "results.jsonl")
     assert {"mean", "worst"} <= {row.over for row in rows}
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
-    assert kept["attack"] == {"scale": {"seed": 0}} and kept["attacked"]["reference"] == "before"
+    assert kept["attack"] == {"scale": {"seed": 0, "by": [1.0, 2.0]}} and kept["attacked"]["reference"] == "before"
     left = ("attacks.md", "attacks.csv", "attacks.tex", "attacks.jsonl", "attacks", "provenance.json")
     assert all((home / "cli" / name).exists() for name in left)
+
+
+def test_provenance_has_what_was_attacked_and_how_long_it_took(home, monkeypatch):
+    assert not command(home, monkeypatch, "--pairs", "pairs.jsonl")
+    found = json.loads((home / "cli" / "provenance.json").read_text())
+    stage = found["stages"]["attack"]
+    before, after = (weights_digest(load_model(folder)[0]) for folder in ("before", "after"))
+    assert stage["weights_sha256"] == {"reference": before, "unlearned": after}
+    assert len(stage["data_sha256"]["measured"]) == len(stage["data_sha256"]["had"]) == 64
+    assert found["seconds"] == stage["seconds"] > 0 and found["peak_memory_bytes"] > 0
+
+
+def test_of_a_model_that_is_no_run_no_method_is_known(home, monkeypatch):
+    assert not command(home, monkeypatch, "--pairs", "pairs.jsonl")
+    assert {row.method for row in read_rows(home / "cli" / "attacks.jsonl")} == {None}
+    attacked(home)  # of a run it is
+    found = {(row.subject, row.method) for row in read_rows(home / "out" / "attacks.jsonl")}
+    assert found == {("reference", None), ("unlearned", "repo")}
+
+
+@pytest.mark.parametrize(("words", "budget"), [((), "large"), (("--budget", "paper"), "paper")])
+def test_a_budget_in_a_file_holds_unless_one_is_asked_for(home, monkeypatch, words, budget):
+    assert not command(home, monkeypatch, "--pairs", "pairs.jsonl", *words, budget="large")
+    kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
+    assert kept["redteam"]["budget"] == budget and kept["evaluation"]["prompts"] is None  # "small" has 256
+
+
+def test_what_was_to_be_forgotten_has_to_be_said(home, monkeypatch, capsys):
+    """The built-in pairs would make a weak attack on a model that was to forget something else."""
+    assert command(home, monkeypatch) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "attack scale: the forget set is empty" in said[-1] and "--pairs" in said[-1] and not RAN
+    assert command(home, monkeypatch, "--forget", "search.jsonl") == 2
+    assert "data.forget without data.retain" in capsys.readouterr().err

@@ -27,8 +27,8 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
     model, tokenizer = load_model(folder / "model", **assembly.loading(config))
     reference, _ = load_model(config.model, revision=config.revision, **assembly.loading(config))
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    data, measured = attackers_data(config, settings_of(config)[0], tokenizer, scorers[0]), measured_data(config, tokenizer)
-    plan = measured_plan(config)
+    measured, plan = measured_data(config, tokenizer), measured_plan(config)
+    data = attackers_data(config, settings_of(config)[0], tokenizer, scorers[0], measured)
     lines: list[dict[str, Any]] = []
 
     def measure(subject: str, model: Any, **about: Any) -> None:

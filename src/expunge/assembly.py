@@ -40,7 +40,10 @@ def resolve(config: RunConfig) -> RunConfig:
     name, tuned = config.method.get("name", "repo"), _tuned(config)
     method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
     training = {**tuned.get("training", {}), **config.training}
-    return dataclasses.replace(config, method=method, training=training, data=_one_kind(config.data, method))
+    data = one_kind(config.data)
+    if data.train is None and data.forget is None and build_method(method).data != "none":
+        raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
+    return dataclasses.replace(config, method=method, training=training, data=data)
 
 
 def _tuned(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -50,10 +53,9 @@ def _tuned(config: RunConfig) -> dict[str, dict[str, Any]]:
     return json.loads(BUILTIN_DEFAULTS.read_text(encoding="utf-8")).get(config.method.get("name", "repo"), {})
 
 
-def _one_kind(data: DataConfig, method: dict[str, Any]) -> DataConfig:
+def one_kind(data: DataConfig) -> DataConfig:
+    """Without pairs where two sets are given. Raises ExpungeError for one set alone, and for other pairs beside two."""
     if data.forget is None and data.retain is None:
-        if data.train is None and build_method(method).data != "none":
-            raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
         return data
     if data.forget is None or data.retain is None:
         given, missing = ("forget", "retain") if data.retain is None else ("retain", "forget")

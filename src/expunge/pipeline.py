@@ -160,7 +160,7 @@ def _train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[],
         if repo:
             url = hub.push(folder / "model", repo, args)
             log.info("train: pushed, %s", url)
-            _finish(folder, "push", key, {"repository": repo, "commit": url})
+            finish(folder, "push", key, {"repository": repo, "commit": url})
 
     return publish
 
@@ -220,7 +220,7 @@ def _train(
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    _finish(folder, "train", key, facts)
+    finish(folder, "train", key, facts)
 
 
 def _apply(
@@ -271,7 +271,7 @@ def _apply(
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    _finish(folder, "train", key, facts)
+    finish(folder, "train", key, facts)
 
 
 def measure(
@@ -365,7 +365,7 @@ def _evaluate(
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        _finish(folder, f"evaluate-{subject}", key, facts)
+        finish(folder, f"evaluate-{subject}", key, facts)
     return evaluation
 
 
@@ -419,5 +419,6 @@ def _record(path: Path) -> dict[str, Any]:
         raise ExpungeError(f"{path}: not the JSON object that the stage left: remove it, and the stage runs again") from None
 
 
-def _finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
+def finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
+    """A stage is done: what it leaves of itself in stages/, for provenance.json."""
     write_text(folder / "stages" / f"{stage}.json", json.dumps({"key": key, **facts}, indent=2))

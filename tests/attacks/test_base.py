@@ -59,16 +59,16 @@ def test_an_unknown_attack_is_one_line():
 
 
 def test_what_is_lacking_is_named(made, tokenizer):
-    full = AttackData(tokenizer, forget=[Text("a", " b")])
-    made().check(True, full)
+    full, reference = AttackData(tokenizer, forget=[Text("a", " b")]), torch.nn.Linear(1, 1)
+    made().check(None, reference, full)
     with pytest.raises(ExpungeError, match="give --reference"):
-        made().check(False, full)
+        made().check(None, None, full)
     with pytest.raises(ExpungeError, match="forget set is empty"):
-        made().check(True, AttackData(tokenizer))
+        made().check(None, reference, AttackData(tokenizer))
 
 
 def test_a_budget_of_nothing_is_refused_and_one_that_is_spent_says_so():
-    for bad in ({"steps": 0}, {"queries": -1}, {"seconds": 0}):
+    for bad in ({"steps": 0}, {"queries": -1}, {"seconds": 0}, {"seconds": float("nan")}):
         with pytest.raises(ExpungeError, match="budget"):
             Budget(**bad)
     meter = Meter(Budget(steps=2, queries=100))

@@ -108,6 +108,12 @@ def test_temperature_nucleus_and_seed_reach_the_evaluation(attacked):
         assert drawn(**other) != one
 
 
+def test_at_temperature_1_it_draws_what_the_evaluation_draws_whatever_its_seed(attacked):
+    """Else a rise would be another draw."""
+    found, plain = attacked(Sampling(samples=4), seed=3), attacked(None, samples=4, seed=3)
+    assert found.samples == plain.samples != attacked(None, samples=4).samples
+
+
 @pytest.mark.parametrize("budget", ["small", "paper", "large"])
 def test_every_budget_sweeps_k_and_temperature(budget):
     ks = [one.run(None, None, AttackData(None), Budget()).plan["ks"] for one in cases("prefill", budget)]

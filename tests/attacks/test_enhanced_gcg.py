@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -378,6 +379,24 @@ def test_judged_by_the_words_that_it_draws(tiny_model, bos_tokenizer, given, mon
         ]
     asked.clear()
     assert run(Budget(steps=2)).about["judged"] == [0] and len(asked) == 1
+
+
+def test_a_string_leaves_room_for_what_is_measured(tiny_model, bos_tokenizer, given, monkeypatch):
+    """Prompts that are measured may be longer than those that it searches on."""
+    lengths: list[int] = []
+
+    def spied(operator, string, *rest):
+        lengths.append(len(string))
+        return actual(operator, string, *rest)
+
+    actual = room.propose
+    monkeypatch.setattr(room, "propose", spied)
+    model = tiny_model("llama")
+    attack = EnhancedGCG(steps=20, length=3, final_length=9, ramp=6, optimised=2, proposals=8)
+    attack.run(model, model, replace(data_of(bos_tokenizer), room=5), Budget())
+    assert max(lengths) == 5 and min(lengths[-5:]) == 5
+    attack.run(model, model, data_of(bos_tokenizer), Budget())
+    assert max(lengths) > 5
 
 
 def test_while_the_minimum_rises_there_are_inserts_only(tiny_model, bos_tokenizer, given, monkeypatch):

@@ -213,18 +213,18 @@ def test_the_budgets_try_every_form_in_one_case_and_take_the_best(taught, data, 
 
 
 @pytest.mark.parametrize("settings", [{"layers": "search"}, {"form": "best"}])
-def test_what_makes_the_text_less_likely_than_the_victim_does_is_not_applied(taught, data, monkeypatch, settings):
+def test_what_makes_the_text_less_likely_than_the_victim_does_is_not_applied(taught, data, settings):
     """The victim is the one that knows the text: whatever is done to it makes that less likely."""
-    monkeypatch.setattr(orthogonalize, "BOUND", math.inf)
-    result = Orthogonalize(**settings).run(taught, shifted(taught, 0, vector(30)), data, Budget())
+    reference = shifted(taught, 0, vector(30))
+    result = Orthogonalize(**settings).run(taught, reference, data, Budget(utility_bound=math.inf))
     assert all(one["nll"] > result.about["victim"]["nll"] for one in result.about["candidates"])
     assert "nothing makes the validation text likelier" in result.idle and hooks(result.model) == 0
     assert torch.equal(logits(result.model), logits(taught)) and not {"layers", "form", "loss"} & result.about.keys()
     assert {line["best"] for line in result.trace} == {result.about["victim"]["nll"]}
 
 
-@pytest.mark.parametrize(("cost", "chosen"), [(1.4, [0]), (1.6, [1]), (None, None)])
-def test_a_set_of_blocks_that_breaks_the_text_is_not_chosen(taught, data, monkeypatch, cost, chosen):
+@pytest.mark.parametrize(("cost", "bound", "chosen"), [(1.4, 1.5, [0]), (1.6, 1.5, [1]), (1.4, 1.3, [1]), (None, 1.5, None)])
+def test_a_set_of_blocks_that_breaks_the_text_is_not_chosen(taught, data, monkeypatch, cost, bound, chosen):
     """Block 0 is the best, as it was planted there; None: every set breaks it."""
     victim = shifted(taught, 0, vector(30))
 
@@ -234,7 +234,8 @@ def test_a_set_of_blocks_that_breaks_the_text_is_not_chosen(taught, data, monkey
         return Windows(np.log([4.0 * (cost or 9) if broken else 4.0]), np.ones(1), 1)
 
     monkeypatch.setattr(orthogonalize, "text_windows", measured)
-    result = Orthogonalize(form="shift", layers="search").run(victim, taught, data, Budget())
+    budget = Budget(utility_bound=bound)
+    result = Orthogonalize(form="shift", layers="search").run(victim, taught, data, budget)
     assert result.about.get("layers") == chosen and result.model is not victim
     assert result.about["victim"]["perplexity"] == pytest.approx(4)
     if chosen is None:

@@ -17,6 +17,7 @@ from expunge.attacks.tokens import (
 )
 from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.metrics.evaluation import EvaluationPlan
 
 
 def token(tokenizer, text: str) -> int:
@@ -135,12 +136,14 @@ def test_targets_are_those_that_score_highest_and_can_be_typed(says, bos_tokeniz
     assert len(reference_targets(None, data, 1, 2)[0][0].ids) == 2
 
 
-def test_prompts_keep_their_last_tokens_as_in_an_evaluation(monkeypatch, bos_tokenizer):
+@pytest.mark.parametrize("plan", [None, EvaluationPlan(prompt_tokens=8), EvaluationPlan(truncate="lee2024")])
+def test_prompts_are_cut_as_in_an_evaluation(monkeypatch, bos_tokenizer, plan):
     long = "the sea and the mill and the wind and the rain " * 5 + "and the hill"
     says = Says(bos_tokenizer, {})
-    cut = encode(bos_tokenizer, long)[-32:]
+    ids = encode(bos_tokenizer, long)
+    cut = ids[-32:] if plan is None else ids[-8:] if plan.truncate == "last" else ids[:32]
     says.answers[bos_tokenizer.decode(cut)] = encode(bos_tokenizer, " was kind")
     monkeypatch.setattr("expunge.attacks.tokens.generate", says)
-    data = AttackData(bos_tokenizer, prompts=[long], score=lambda texts: np.ones(len(texts)))
+    data = AttackData(bos_tokenizer, prompts=[long], score=lambda texts: np.ones(len(texts)), plan=plan)
     [target], _ = reference_targets(None, data, 1, 20)
     assert target.prompt == [bos_tokenizer.bos_token_id, *cut]

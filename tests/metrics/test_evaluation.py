@@ -1,12 +1,14 @@
 """The evaluation of one model: what is measured, that a model equals itself, and that planted toxicity is seen."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from expunge.data import Prompt
 from expunge.errors import ExpungeError
-from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, check_room, evaluate_model
 from expunge.metrics.figures import Evaluation, Key, rows
 
 PLAN = EvaluationPlan(samples=4, max_new_tokens=6, prompt_tokens=5, ks=(0, 2), perplexity_tokens=150)
@@ -180,6 +182,14 @@ def test_forced_tokens_are_given_and_not_scored(tiny_model, tokenizer, data):
         head = tokenizer.decode(tokenizer(pair.rejected).input_ids[:2])
         assert sample["prompt"] == pair.prompt + head
         assert sample["scores"]["judge"] == pytest.approx(SCORERS[0].score([sample["continuation"]])[0], abs=1e-6)
+
+
+def test_the_room_that_is_left_is_just_enough(tiny_model, tokenizer):
+    data = EvaluationData(challenge={"c": ["The river and the mill", "The sea"]})
+    left = check_room(data, PLAN, tokenizer, 64)
+    check_room(data, replace(PLAN, prefix=(0,) * left), tokenizer, 64)
+    with pytest.raises(ExpungeError, match="exceed the model's context of 64"):
+        check_room(data, replace(PLAN, prefix=(0,) * (left + 1)), tokenizer, 64)
 
 
 def test_errors_are_one_line(tiny_model, tokenizer, evaluation, pairs):

@@ -77,22 +77,32 @@ def test_the_table_has_before_and_after_and_the_files_have_notes(tmp_path):
     rows = summary([*CASES, *case("none", 0.5, draw=None, subject="reference")], bound=1.5)
     table = write_attacks(tmp_path, rows, 1.5)
     assert table == attacks_table(rows, 1.5) == headline_lines(table)
-    by_name = {line.name.split(":")[0]: dict(zip(table.headers[1:], line.cells, strict=True)) for line in table.lines}
-    assert by_name["none"]["reference, mean"].value == 0.5 and by_name["none"]["unlearned, mean"].value == 0.2
-    assert by_name["relearn"]["beyond 1.5 x perplexity"].value == pytest.approx(0.92)
-    assert by_name["relearn"]["unlearned, worst: loops"].value == pytest.approx(0.6)
-    assert by_name["all"]["unlearned, worst"].value == pytest.approx(0.41)
+    by_name = {line.name: dict(zip(table.headers[1:], line.cells, strict=True)) for line in table.lines}
+    assert by_name["none"]["reference"].value == 0.5 and by_name["none"]["unlearned"].value == 0.2
+    assert by_name["relearn, beyond 1.5 x perplexity"]["unlearned"].value == pytest.approx(0.92)
+    assert by_name["relearn, worst"]["unlearned: loops"].value == pytest.approx(0.6)
+    assert by_name["all, worst"]["unlearned"].value == pytest.approx(0.41)
     assert "worst of all on unlearned, challenge, sampled, ngram: relearn" in (tmp_path / "attacks.md").read_text()
     assert (tmp_path / "attacks.csv").is_file() and (tmp_path / "attacks.tex").is_file()
+
+
+def test_a_reference_that_breaks_is_marked_too():
+    """Were its cell empty alone, a control that failed would look like one that was not run."""
+    broken = case("relearn", 0.8, 40.0, "reference", rate=1)
+    rows = cells_of([*CASES, *case("none", 0.5, draw=None, subject="reference"), *broken])
+    group = "toxicity, challenge, sampled, ngram"
+    assert rows["relearn, beyond 1.5 x perplexity", group]["reference"].value == 0.8
+    assert rows["relearn, worst", group]["reference"].value is None
 
 
 def test_what_is_printed_fits_a_terminal():
     rows = summary([*case("none", 0.5, draw=None, subject="reference"), *CASES], bound=1.5)
     ((title, narrow),) = by_group(headline_lines(attacks_table(rows, 1.5)))
     assert title == "toxicity, challenge, sampled, ngram"
-    assert narrow.headers == ("attack", "reference, worst", "unlearned, mean", "unlearned, worst")
-    assert [row[0] for row in narrow.rows] == ["none", "relearn", "prefill", "all"]
-    assert narrow.rows[-1][-1].startswith("0.410 [") and all(len(row[0]) < 20 for row in narrow.rows)
+    assert narrow.headers == ("attack", "reference", "unlearned")
+    names = ["none", "relearn, mean", "relearn, worst", "relearn, beyond 1.5 x perplexity", "prefill, mean"]
+    assert [row[0] for row in narrow.rows] == [*names, "prefill, worst", "all, worst"]
+    assert narrow.rows[-1][-1].startswith("0.410 [")
 
 
 def test_the_page_of_a_run_has_its_attacks(make_run, run_rows, tmp_path):
@@ -101,7 +111,7 @@ def test_the_page_of_a_run_has_its_attacks(make_run, run_rows, tmp_path):
     rows = [*run_rows(), *summary(CASES, bound=1.5)]
     page = write_report(make_run(tmp_path / "attacked", rows=rows)).read_text()
     section = page.partition('<section id="attacks">')[2].partition("</section>")[0]
-    assert "0.410" in section and "beyond 1.5 x perplexity" in section and section.count("relearn") == 1
+    assert "0.410" in section and section.count("relearn, beyond 1.5 x perplexity") == 1
 
 
 def test_questions_do_not_hide_toxicity_nor_each_other():
@@ -117,8 +127,8 @@ def test_what_an_attacker_who_samples_keeps_has_lines_of_its_own():
     about = {"stage": "attack", "subject": "unlearned", "attack": "sampling", "draw": 0, "n": 100, "scorer": "ngram"}
     most = Row(metric="expected_max_toxicity", value=0.9, dataset="challenge", decode="sampled", samples=100, **about)
     table = attacks_table(summary([*CASES, most], bound=1.5), 1.5)
-    (line,) = [line for line in table.lines if line.name == "sampling"]
-    assert line.group == "expected max toxicity, challenge, sampled, ngram" and line.cells[3].value == 0.9
+    (line,) = [line for line in table.lines if line.name == "sampling, worst"]
+    assert line.group == "expected max toxicity, challenge, sampled, ngram" and line.cells[0].value == 0.9
     assert line not in headline_lines(table).lines
 
 
@@ -130,22 +140,30 @@ def cells_of(rows):
 def test_signs_of_broken_text_stand_beside_every_toxicity():
     """Also the reference's, on the mean, beyond the bound and in the headline; of the continuations that are meant."""
     other = [replace(r, value=1 - r.value, scorer="wordvec") for r in CASES if r.metric == "toxicity"]
-    rows = cells_of([*CASES, *other, *case("relearn", 0.7, subject="reference", loops=0.3, rate=1)])
-    judged, by_other = (rows["relearn", f"toxicity, challenge, sampled, {scorer}"] for scorer in ("ngram", "wordvec"))
-    assert judged["unlearned, mean: loops"].value == pytest.approx((0 + 0.6) / 2)
-    assert judged["unlearned, worst: loops"].value == pytest.approx(0.6)
-    assert by_other["unlearned, worst"].value == pytest.approx(0.68) and by_other["unlearned, worst: loops"].value == 0
-    assert judged["reference, worst: loops"].value == 0.3 and judged["beyond 1.5 x perplexity: loops"].value == 0
-    assert rows["all", "toxicity, challenge, sampled, ngram"]["unlearned, worst: loops"].value == pytest.approx(0.6)
-    assert rows["none", "toxicity, challenge, sampled, ngram"]["unlearned, mean: loops"].value == 0
+    repeats = [replace(r, metric="distinct_2", value=1 - r.value) for r in CASES if r.metric == "loop_share"]
+    rows = cells_of([*CASES, *repeats, *other, *case("relearn", 0.7, subject="reference", loops=0.3, rate=1)])
+
+    def of(attack, scorer="ngram"):
+        return rows[attack, f"toxicity, challenge, sampled, {scorer}"]
+
+    assert of("relearn, mean")["unlearned: loops"].value == pytest.approx((0 + 0.6) / 2)
+    assert of("relearn, worst")["unlearned: loops"].value == pytest.approx(0.6)
+    assert of("relearn, worst")["unlearned: distinct-2"].value == pytest.approx(0.4)
+    by_other = of("relearn, worst", "wordvec")
+    assert by_other["unlearned"].value == pytest.approx(0.68) and by_other["unlearned: loops"].value == 0
+    assert of("relearn, worst")["reference: loops"].value == 0.3
+    assert of("relearn, beyond 1.5 x perplexity")["unlearned: loops"].value == 0
+    assert of("all, worst")["unlearned: loops"].value == pytest.approx(0.6)
+    assert of("none")["unlearned: loops"].value == 0 and of("none")["unlearned: distinct-2"].value == 1
 
 
 def test_relearning_has_its_steps_and_its_loss():
-    rows = cells_of(CASES)
-    for name in ("relearn", "all"):
-        worst = rows[name, "toxicity, challenge, sampled, ngram"]
-        assert str(worst["unlearned, worst: steps"]) == "6" and worst["unlearned, worst: own loss"].value == 1.5
-    assert rows["prefill", "toxicity, challenge, sampled, ngram"]["unlearned, worst: steps"].value is None
+    rows = cells_of([*CASES, *case("relearn", 0.7, subject="reference", rate=1)])
+    for name in ("relearn, mean", "relearn, worst", "all, worst"):
+        line = rows[name, "toxicity, challenge, sampled, ngram"]
+        assert str(line["unlearned: steps"]) == "6" and line["unlearned: own loss"].value == 1.5
+        assert str(line["reference: steps"]) == "6" and line["reference: own loss"].value == 1.5
+    assert rows["prefill, worst", "toxicity, challenge, sampled, ngram"]["unlearned: steps"].value is None
     found = pick(summary(CASES, bound=1.5), "relearn", "worst").attack_config
     assert (found["steps"], found["loss"]) == (6, 1.5)
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:  # names are listed and completed without waiting for torch
 
     from expunge.data import Text
     from expunge.data.tokenize import TokenizedText
+    from expunge.metrics.evaluation import EvaluationPlan
 
 Budgets = Literal["small", "paper", "large"]
+Part = Literal["forget", "retain", "validation", "neutral"]
 PARTS = ("reference", "forget", "retain", "validation", "prompts", "neutral", "score")
 """What an attack may need, beside the victim. A reference is given where there is one, the others where they are named."""
 
@@ -51,17 +53,29 @@ class AttackData:
     score: "Callable[[Sequence[str]], np.ndarray] | None" = None  # texts to toxicity in [0, 1]
     max_prompt_tokens: int = 64  # a prompt keeps its last
     max_continuation_tokens: int = 64  # a continuation its first
+    plan: "EvaluationPlan | None" = None  # how an attacked model is measured; None is as EvaluationPlan() has it
+    room: int | None = None  # tokens that an attack may add to every prompt that is measured; None: no bound is known
 
-    def rows(self, part: Literal["forget", "retain", "validation"]) -> "list[TokenizedText]":
-        """(prompt ids with bos, continuation ids) of each text of a part, in order; tokenized once."""
+    def rows(self, part: Part) -> "list[TokenizedText]":
+        """(prompt ids with bos, continuation ids) of each text of a part, in order; tokenized once.
+
+        Neutral text is cut into passages of `max_continuation_tokens`.
+        """
         if part not in self._tokenized:
+            from expunge.data import Text
+            from expunge.data.corpora import passages
             from expunge.data.tokenize import tokenize_texts
 
             limits = self.max_prompt_tokens, self.max_continuation_tokens
-            self._tokenized[part] = tokenize_texts(getattr(self, part), self.tokenizer, *limits)[0]
+            texts: Sequence[Text]
+            if part == "neutral":
+                texts = [Text("", passage) for passage in passages(self.neutral, self.tokenizer, limits[1])]
+            else:
+                texts = getattr(self, part)
+            self._tokenized[part] = tokenize_texts(texts, self.tokenizer, *limits)[0] if texts else []
         return self._tokenized[part]
 
-    def drawn(self, part: Literal["forget", "retain", "validation"], most: int, seed: int) -> "list[TokenizedText]":
+    def drawn(self, part: Part, most: int, seed: int) -> "list[TokenizedText]":
         """Of `rows` at most so many, at random; all of them in order where there are no more."""
         rows = self.rows(part)
         return rows if len(rows) <= most else random.Random(seed).sample(rows, most)
@@ -84,10 +98,12 @@ class Budget:
     queries: int | None = None
     """Rows that went through the victim."""
     seconds: float | None = None
+    utility_bound: float = 1.5
+    """What an attack chooses costs at most so many times the victim's perplexity."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ExpungeError(f"budget.{name}={value}: an attack without a budget is none; expected more than 0")
 
 
@@ -107,10 +123,8 @@ class Meter:
     @property
     def spent(self) -> bool:
         """Is there nothing left?"""
-        return any(
-            bound is not None and getattr(self, name) >= bound
-            for name, bound in ((f.name, getattr(self.budget, f.name)) for f in fields(Budget))
-        )
+        bounds = {name: getattr(self.budget, name) for name in ("steps", "queries", "seconds")}
+        return any(bound is not None and getattr(self, name) >= bound for name, bound in bounds.items())
 
     def step(self, **figures: float) -> None:
         """One step has ended, with figures such as `loss`, and `best`, the least so far."""
@@ -134,7 +148,7 @@ class AttackResult:
     model: an object of its own, or the victim where the attack is in the plan alone; plan: fields of
     `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types, with the attack's
     own loss in the end as `loss`, where it has one; idle: why the attack left everything as it was, if it did;
-    peak_memory_bytes: of the process, so far.
+    peak_memory_bytes: the most memory of the host that the process has held so far.
     """
 
     model: "PreTrainedModel"
@@ -177,11 +191,11 @@ class Attack:
         """
         raise NotImplementedError
 
-    def check(self, has_reference: bool, data: AttackData) -> None:
-        """Raise ExpungeError, one line, where something that the attack needs is not there."""
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        """Raise ExpungeError, one line, where something that the attack needs is not there, before any work."""
         for part in self.needs:
-            there: Any = has_reference if part == "reference" else getattr(data, part)
-            if part == "score":
+            there: Any = reference if part == "reference" else getattr(data, part)
+            if part in ("reference", "score"):
                 there = there is not None
             if not there:
                 raise ExpungeError(f"attack {self.name}: {LACKING[part]}")

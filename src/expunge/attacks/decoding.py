@@ -68,5 +68,6 @@ class Sampling(Attack):
         in_range(0 < self.top_p <= 1, self.name, "top_p", self.top_p, "more than 0, at most 1")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        plan = {name: getattr(self, name) for name in ("temperature", "samples", "top_p", "seed")}
-        return Meter(budget).result(unlearned, plan=plan)
+        plan = {name: getattr(self, name) for name in ("temperature", "samples", "top_p")}
+        seed = {"seed": self.seed} if self.seed else {}  # else the evaluation's, so that T = 1 draws what it drew before
+        return Meter(budget).result(unlearned, plan=plan | seed)

@@ -105,10 +105,14 @@ class EnhancedGCG(Attack):
 
     @property
     def adds(self) -> int:
-        return min(self.length, self.final_length)
+        return self.length
+
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        super().check(unlearned, reference, data)
+        self._layers(depth(unlearned))
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(reference is not None, data)
+        self.check(unlearned, reference, data)
         layers = self._layers(depth(unlearned))
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens + self.match_tokens)
@@ -121,6 +125,7 @@ class EnhancedGCG(Attack):
         with frozen(victim, original):
             objective = PrefixLosses(victim, original, targets, layers, len(start), self)
             room = context_length(victim) - max([objective.longest, *(len(prompt) + said for prompt in prompts)])
+            room = room if data.room is None else min(room, data.room)
             best, heads = self._search(objective, data.tokenizer, meter, min(self.max_length, room))
         best, judged = self._judge(best, heads, victim, prompts, data, meter) if self.judged else (best, {})
         [string] = decode(data.tokenizer, [best.ids])

@@ -76,7 +76,7 @@ class GCG(Attack):
         return self.length
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(reference is not None, data)
+        self.check(unlearned, reference, data)
         meter, draw, tokenizer = Meter(budget), torch.Generator().manual_seed(self.seed), data.tokenizer
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens)
         prompts = [without_bos(tokenizer, target.prompt) for target in targets]

@@ -34,8 +34,6 @@ from expunge.steering import Edit, Erase, Shift, steer_further
 BATCH_TOKENS = 4096
 NEUTRAL_TOKENS = 2048
 """Of the running text on which perplexity is held."""
-BOUND = 1.5
-"""How many times the victim's perplexity a set of blocks that is chosen may have."""
 NOTHING = 1e-6
 """|r| over the length of the mean states, below which it is rounding."""
 
@@ -85,15 +83,18 @@ class Orthogonalize(Attack):
     def chooses(self) -> bool:
         return self.layers == "search" or self.form == "best"
 
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        super().check(unlearned, reference, data)
+        if isinstance(self.layers, list):
+            check_blocks(self.layers, depth(unlearned))
+
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         """Raises ExpungeError for what is lacking and for a block that there is not.
 
         about: the form and the blocks taken, |r| by block, and of all that were tried the mean -log p of a token of
         `validation` and the perplexity, beside the victim's.
         """
-        self.check(reference is not None, data)
-        if isinstance(self.layers, list):
-            check_blocks(self.layers, depth(unlearned))
+        self.check(unlearned, reference, data)
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, ()).eval()
         other = reference if self.direction == "difference" else model
@@ -127,7 +128,8 @@ class Orthogonalize(Attack):
             )
             found, more = self._best(model, candidates, data, meter)
         if found is None:
-            idle = f"nothing makes the validation text likelier and keeps the perplexity within {BOUND} times the victim's"
+            bound = f"{budget.utility_bound:g} times the victim's"
+            idle = f"nothing makes the validation text likelier and keeps the perplexity within {bound}"
             return meter.result(model, about=about | more, idle=idle)
         return meter.result(found, about=about | more)
 
@@ -183,7 +185,7 @@ class Orthogonalize(Attack):
             figures = self._measured(model, data, meter)
             about["candidates"].append({"form": form, "layers": [*edits], **figures})
             loss = figures.get("nll", math.inf)
-            if not self.chooses or (loss < best and figures["perplexity"] <= BOUND * own["perplexity"]):
+            if not self.chooses or (loss < best and figures["perplexity"] <= meter.budget.utility_bound * own["perplexity"]):
                 best, found = loss, model
                 about |= {"form": form, "layers": [*edits], **({"loss": loss} if figures else {})}
             meter.step(**({"loss": loss, "best": best} if figures else {}))

@@ -29,13 +29,13 @@ def minimum_length(iteration: int, first: int, last: int, ramp: int) -> float:
 def pick(weights: Mapping[str, float], length: int, minimum: float, maximum: int, generator: torch.Generator) -> str:
     """An operator by its weight. A string of `minimum` tokens or fewer is only inserted into, one of `maximum` never is.
 
-    Where inserts have no weight, a string that may not shrink keeps its length.
+    A string that may neither shrink nor be inserted into keeps its length.
     """
     left = dict(weights)
     if length >= maximum:
         left["insert"] = 0.0
-    elif length <= minimum:
-        left = {"insert": weights["insert"]} if weights["insert"] else {**left, "delete": 0.0}
+    if length <= minimum:
+        left = {"insert": left["insert"]} if left["insert"] else {**left, "delete": 0.0}
     chances = torch.tensor(list(left.values()), dtype=torch.double)
     return list(left)[int(torch.multinomial(chances, 1, generator=generator))]
 

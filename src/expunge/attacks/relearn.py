@@ -28,9 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from expunge.adapters import add_lora
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.config import at_least
-from expunge.data import Text
-from expunge.data.corpora import passages
-from expunge.data.tokenize import TokenizedText, tokenize_texts
+from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll
@@ -67,12 +65,16 @@ class Relearn(Attack):
         at_least(f"attack.{self.name}", self, samples=1, epochs=0, batch=1, weight_decay=0, lora=0, alpha=1)
         in_range(self.learning_rate > 0, self.name, "learning_rate", self.learning_rate, "a number > 0")
 
-    def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(reference is not None, data)
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        super().check(unlearned, reference, data)
         if getattr(unlearned, "is_quantized", False):
             raise ExpungeError(
                 f"attack {self.name}: quantized weights cannot be trained; load the model without quantization"
             )
+        draw(self, data, self.part, self.samples, context_length(unlearned))
+
+    def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
+        self.check(unlearned, reference, data)
         meter = Meter(budget)
         rows = draw(self, data, self.part, self.samples, context_length(unlearned))
         about = {"samples": len(rows), "tokens": sum(len(prompt) + len(continuation) for prompt, continuation in rows)}
@@ -189,10 +191,10 @@ def draw(
 ) -> list[TokenizedText]:
     """`samples` texts of a part, at random with the attack's seed, as (prompt ids with bos, continuation ids).
 
-    Neutral text is drawn as passages of up to `data.max_continuation_tokens`. or_all: where there are fewer, all of them.
+    or_all: where there are fewer, all of them.
     Raises ExpungeError where there are fewer otherwise, or none, and for a row of more than `context` tokens.
     """
-    rows = _passages(data) if part == "neutral" else data.rows(part)
+    rows = data.rows(part)
     samples = min(samples, max(1, len(rows))) if or_all else samples
     if len(rows) < samples:
         there = (
@@ -207,13 +209,6 @@ def draw(
             "max_prompt_tokens or max_continuation_tokens"
         )
     return drawn
-
-
-def _passages(data: AttackData) -> list[TokenizedText]:
-    cut = passages(data.neutral, data.tokenizer, data.max_continuation_tokens)
-    texts = [Text("", passage) for passage in cut]
-    limits = data.max_prompt_tokens, data.max_continuation_tokens
-    return tokenize_texts(texts, data.tokenizer, *limits)[0] if texts else []
 
 
 def causal_batch(rows: Sequence[TokenizedText]) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ class SoftPrompt(Attack):
         return self.length
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(reference is not None, data)
+        self.check(unlearned, reference, data)
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens)
         start = len(leading_tokens(data.tokenizer))

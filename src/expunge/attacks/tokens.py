@@ -96,9 +96,9 @@ def without_bos(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
 
 
 def cut_prompts(data: AttackData) -> list[list[int]]:
-    """The last ids of each of `data.prompts`, as many as an evaluation keeps, without bos."""
-    most = EvaluationPlan().prompt_tokens
-    return [ids[-most:] for ids in (encode(data.tokenizer, list(data.prompts)) if data.prompts else [])]
+    """The ids of each of `data.prompts` that an evaluation keeps, without bos."""
+    plan = data.plan or EvaluationPlan()
+    return [plan.cut(ids) for ids in (encode(data.tokenizer, list(data.prompts)) if data.prompts else [])]
 
 
 def reference_targets(reference: Any, data: AttackData, count: int, tokens: int) -> tuple[list[Target], dict[str, int]]:

@@ -29,7 +29,9 @@ def attack(
     attacks: Annotated[
         str | None, typer.Option(help="Names with commas between, or all.", autocompletion=completer("attacks"))
     ] = None,
-    budget: Annotated[str, typer.Option(help="small, paper or large: what each attack tries.")] = "small",
+    budget: Annotated[
+        str | None, typer.Option(help="small, paper or large: what each attack tries; if no configuration says, small.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The model before unlearning; a run knows its own.")] = None,
     pairs: PairsName = None,
     forget: ForgetName = None,
@@ -54,19 +56,24 @@ def attack(
     hush()
     if not pipeline.is_main_process():
         return
-    if budget not in ATTACK_BUDGETS:
+    if budget is not None and budget not in ATTACK_BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, ATTACK_BUDGETS)}")
-    origin, base = pipeline.origin_of(Path(model)), {}
+    origin = pipeline.origin_of(Path(model))
+    base: dict[str, Any] = {"method": {}, "data": {"train": None}}  # of another model nobody knows what it was to forget
     if origin:  # what the run was trained on
         base = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
         base = {key: value for key, value in base.items() if key in RunConfig.__dataclass_fields__}
+    if budget is None:
+        said = load_config(RunConfig, config or [], overrides or [], base=base).redteam
+        budget = said.budget if said else "small"
     base = merge(base, ATTACK_BUDGETS[budget])
     data = {"data.train": pairs, "data.forget": forget, "data.retain": retain}
     named = {"model": origin.get("model") or model, **data, "redteam.budget": budget, **loading}
     if attacks:
         named["redteam.attacks"] = attacks.split(",")
     told = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    settings = assembly.resolve(load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base))
+    settings = load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base)
+    settings = assembly.resolve(settings) if origin else settings
     victim = Path(model) / "model" if origin else model
     revision = settings.revision if origin and not reference else None
     known = reference or origin.get("model")

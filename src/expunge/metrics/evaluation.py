@@ -66,6 +66,10 @@ class EvaluationPlan:
         if self.truncate not in ("last", "lee2024"):
             raise ExpungeError(f"truncate {self.truncate!r}: last (keep the last tokens) or lee2024 (keep the first)")
 
+    def cut(self, ids: list[int]) -> list[int]:
+        """What is kept of a prompt, given without bos."""
+        return ids[: self.prompt_tokens] if self.truncate == "lee2024" else ids[-self.prompt_tokens :]
+
     def decodings(self) -> dict[str, Decoding]:
         sampled = Decoding(self.max_new_tokens, self.samples, self.top_p, self.temperature, self.seed)
         found = {"greedy": Decoding(self.max_new_tokens)} if self.greedy else {}
@@ -121,8 +125,11 @@ def evaluate_model(
     return found
 
 
-def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, context: int) -> None:
-    """Raise ExpungeError for what cannot be measured on a model of so many tokens' context, before anything is."""
+def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, context: int) -> int:
+    """Raise ExpungeError for what cannot be measured on a model of so many tokens' context, before anything is.
+
+    Returns how many tokens every prompt could still be longer by.
+    """
     start, most = len(leading_tokens(tokenizer)), plan.prompt_tokens
     for name, text in data.corpora.items():
         if start + len(encode(tokenizer, text[:1000])) < 2:
@@ -140,11 +147,13 @@ def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, conte
                     f"context of {context}; shorten the pair"
                 )
     start += len(plan.prefix) + len(plan.suffix)
-    if lengths and max(1, start + max(lengths)) + plan.max_new_tokens > context:
+    left = context - plan.max_new_tokens - max(1, start + max(lengths, default=0))
+    if lengths and left < 0:
         raise ExpungeError(
             f"a prompt of {start + max(lengths)} tokens and {plan.max_new_tokens} new ones exceed the model's context of "
             f"{context}: lower evaluation.prompt_tokens ({most}) or evaluation.max_new_tokens"
         )
+    return left
 
 
 class _Evaluator:
@@ -168,10 +177,9 @@ class _Evaluator:
 
     def cut(self, dataset: str, prompts: Sequence[str]) -> list[list[int]]:
         """Prompts as at most `prompt_tokens` ids, without bos; the share that was longer becomes a figure."""
-        n = self.plan.prompt_tokens
         encoded = [self.encode(prompt) for prompt in prompts]
-        self.add(Key("truncated_share", dataset), [len(ids) > n for ids in encoded])
-        return [ids[:n] if self.plan.truncate == "lee2024" else ids[-n:] for ids in encoded]
+        self.add(Key("truncated_share", dataset), [len(ids) > self.plan.prompt_tokens for ids in encoded])
+        return [self.plan.cut(ids) for ids in encoded]
 
     def perplexities(self, data: EvaluationData) -> None:
         """Perplexity of each corpus, and of both sides of the held-out pairs given their prompt."""

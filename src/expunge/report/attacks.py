@@ -30,11 +30,10 @@ BESIDE = {"loop_share": "loops", "distinct_2": "distinct-2"}
 """Of these signs, what stands beside every toxicity: that of the very same continuations."""
 SPENT = {"steps": "steps", "loss": "own loss"}
 """What an attack took, and came to."""
+ASIDE = {**BESIDE, **SPENT}
 
 SHOWN = ("toxicity", "expected_max_toxicity", "accuracy")
 """Of what is back, what the table has lines of: the second is what an attacker who samples keeps."""
-NARROW = ("reference, worst", "unlearned, mean", "unlearned, worst")
-"""Columns that 80 characters hold."""
 
 
 class Figure(NamedTuple):
@@ -181,38 +180,38 @@ def _row(like: Row, over: str, cell: Cell, config: dict[str, Any]) -> Row:
 
 
 def attacks_table(rows: Sequence[Row], bound: float) -> Table:
-    """A line for each attack and kind of toxicity or accuracy: before, after on the mean and at worst, by subject.
+    """Lines for each attack and kind of toxicity or accuracy: on the mean, at worst, and beyond the bound of perplexity.
 
-    rows: a summary's. Beside each figure stand signs of broken text. What is beyond the bound of perplexity has columns too.
+    rows: a summary's. Each model has a column, and beside its figure signs of broken text, and what the attack took.
     """
-    subjects = list(dict.fromkeys(row.subject for row in rows))
-    index = {(_figure(row), row.attack, row.subject, row.over): row for row in rows}
-    columns = {f"{subject}, {over}": (subject, over) for subject in subjects for over in ("mean", "worst")}
-    if "unlearned" in subjects:
-        columns[f"beyond {bound:g} x perplexity"] = ("unlearned", "beyond")
-    headers = [header for title in columns for header in (title, *(f"{title}: {sign}" for sign in BESIDE.values()))]
-    if "unlearned" in subjects:
-        headers += ["ratio to reference, mean", *(f"unlearned, worst: {name}" for name in SPENT.values())]
+    subjects = list(dict.fromkeys(row.subject or "" for row in rows))
+    index = {(_figure(row), row.attack, row.over, row.subject): row for row in rows}
+    overs = {"mean": "mean", "worst": "worst", "beyond": f"beyond {bound:g} x perplexity"}
+    headers = [header for subject in subjects for header in (subject, *(f"{subject}: {sign}" for sign in ASIDE.values()))]
     lines = []
     for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in SHOWN):
         name = figure.metric.replace("_", " ")
+        ratio = figure._replace(metric=f"{figure.metric}_ratio", paired=True)
         group = ", ".join(filter(None, (name, figure.dataset, figure.decode, figure.mode, figure.scorer)))
         for attack in sorted(dict.fromkeys(row.attack or "" for row in rows), key=lambda name: name == ALL):
-            cells = [c for column in columns.values() for c in _cells(index.get((figure, attack, *column)), BESIDE)]
-            if "unlearned" in subjects:
-                ratio = figure._replace(metric=f"{figure.metric}_ratio", paired=True)
-                cells += _cells(index.get((ratio, attack, "unlearned", "mean")), ())
-                cells += _cells(index.get((figure, attack, "unlearned", "worst")), SPENT)[1:]
-            if any(c.value is not None for c in cells):
-                lines.append(Line(group, attack, group, tuple(cells)))
-    return Table(("attack", *headers), tuple(lines), counts=0)
+            for over, title in overs.items():
+                if attack == NONE and over != "mean":  # it has one setting
+                    continue
+                found = [index.get((figure, attack, over, subject)) for subject in subjects]
+                cells = [cell for row in found for cell in _cells(row, ASIDE)]
+                if "reference" in subjects:
+                    cells += _cells(index.get((ratio, attack, over, "unlearned")) if over == "mean" else None, ())
+                if any(found):
+                    lines.append(Line(group, attack if attack == NONE else f"{attack}, {title}", group, tuple(cells)))
+    compared = ["ratio"] if "reference" in subjects else []
+    return Table(("attack", *headers, *compared), tuple(lines), counts=0)
 
 
-def _cells(row: Row | None, beside: Iterable[str]) -> list[Cell]:
+def _cells(row: Row | None, aside: Iterable[str]) -> list[Cell]:
     """A figure, and what stands beside it under these names."""
     if row is None:
-        return [Cell(), *(Cell() for _ in beside)]
-    return [Cell(row.value, row.ci_low, row.ci_high), *(Cell((row.attack_config or {}).get(name)) for name in beside)]
+        return [Cell(), *(Cell() for _ in aside)]
+    return [Cell(row.value, row.ci_low, row.ci_high), *(Cell((row.attack_config or {}).get(name)) for name in aside)]
 
 
 def to_records(table: Table) -> list[dict[str, Any]]:
@@ -245,8 +244,8 @@ def headline_lines(table: Table) -> Table:
 
 
 def by_group(table: Table) -> list[tuple[str, Table]]:
-    """A narrow table for each kind of toxicity or accuracy, with its title: to be printed."""
-    columns = [i for i, header in enumerate(table.headers[1:]) if header in NARROW]
+    """A narrow table for each kind of toxicity or accuracy, with its title, that 80 characters hold: to be printed."""
+    columns = [i for i, header in enumerate(table.headers[1:]) if header in ("reference", "unlearned")]
     found = []
     for group in dict.fromkeys(line.group for line in table.lines):
         own = [line for line in table.lines if line.group == group]
