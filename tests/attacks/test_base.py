@@ -1,5 +1,6 @@
 """What attacks share: cases of a grid, what is lacking, budgets, and a copy that shares weights and leaks nothing."""
 
+import copy
 import importlib
 from typing import ClassVar
 
@@ -118,15 +119,18 @@ FEW = {"samples": 5, "epochs": 2, "steps": 2, "length": 3, "width": 8, "proposal
 FEW |= {"form": "best", "final_length": 3, "shares": [0.1, 0.2], "lora": 2}
 
 
-@pytest.mark.parametrize("name", ATTACKS.names())
-def test_an_attack_that_breaks_midway_leaves_the_victim_as_it_was(tiny_model, tokenizer, pairs, monkeypatch, name):
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in ATTACKS.names()), ("relearn_forget", {"lora": 0})])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_attack_that_breaks_midway_leaves_both_models_as_they_were(
+    tiny_model, tokenizer, pairs, monkeypatch, name, more, error
+):
     """At the third pass through the victim's last block, or else when a step or the attack ends."""
     victim, reference, passes = tiny_model().train(), tiny_model(seed=1), []
     victim.transformer.h[0].eval()
     victim.transformer.wpe.requires_grad_(False)
 
     def breaks(*_, **__):
-        raise RuntimeError("midway")
+        raise error("midway")
 
     def third(*_):
         passes.append(1)
@@ -141,20 +145,29 @@ def test_an_attack_that_breaks_midway_leaves_the_victim_as_it_was(tiny_model, to
     if hasattr(module, "reference_targets"):  # a random reference says what cannot be typed
         monkeypatch.setattr(module, "reference_targets", lambda *_: ([Target([5, 6, 7], [8, 9])], {}))
 
-    def state():
-        modules = list(victim.modules())
+    def state(model):
+        modules, inner = list(model.modules()), (model.config.to_dict(), model.generation_config.to_dict())
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
-        return hooks, [m.training for m in modules], {n: (p.requires_grad, p.grad) for n, p in victim.named_parameters()}
+        return (
+            hooks,
+            [m.training for m in modules],
+            {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
+            inner,
+        )
 
-    before, weights = state(), {name: p.clone() for name, p in victim.named_parameters()}
+    both = (victim, reference)
+    before, weights = [state(model) for model in both], [copy.deepcopy(model.state_dict()) for model in both]
     texts = [[Text(pair.prompt, getattr(pair, side)) for pair in pairs] for side in ("rejected", "chosen", "rejected")]
     prompts = [pair.prompt for pair in pairs]
     neutral = " ".join(pair.prompt + pair.chosen for pair in pairs * 2)
     data = AttackData(tokenizer, *texts, prompts, neutral, lambda texts: np.zeros(len(texts)), max_continuation_tokens=24)
-    attack = cls(**{key: value for key, value in FEW.items() if key in cls.__dataclass_fields__})
-    with pytest.raises(RuntimeError, match="midway"):
+    attack = cls(**{key: value for key, value in (FEW | more).items() if key in cls.__dataclass_fields__})
+    with pytest.raises(error, match="midway"):
         attack.run(victim, reference if "reference" in attack.needs else None, data, Budget())
-    assert state() == before and all(torch.equal(p, weights[name]) for name, p in victim.named_parameters())
+    assert [state(model) for model in both] == before
+    for model, own in zip(both, weights, strict=True):
+        assert model.state_dict().keys() == own.keys()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_attack_is_given_no_more_than_it_needs(tokenizer):
