@@ -12,13 +12,15 @@ import yaml
 
 from expunge import redteam
 from expunge.adapters import add_lora
-from expunge.attacks import ATTACKS, Attack, AttackData, attack
+from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, attack
 from expunge.cli import main
 from expunge.config import RunConfig, build
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.models import load_model, sharing_copy, weights_digest
+from expunge.redteam import cases
 from expunge.rows import read_rows
 from expunge.scorers import load_scorer
 
@@ -67,7 +69,7 @@ def home(tmp_path, monkeypatch, tiny_model, tokenizer):
             made = sharing_copy(unlearned, [name])
             with torch.no_grad():
                 made.get_parameter(name).mul_(self.by + self.seed)
-            return redteam.AttackResult(made)
+            return AttackResult(made)
 
     @attack("ask")
     class Ask(Attack):
@@ -77,7 +79,7 @@ def home(tmp_path, monkeypatch, tiny_model, tokenizer):
         word: str = "cold"
 
         def run(self, unlearned, reference, data, budget):
-            return redteam.AttackResult(unlearned, plan={"prefix": tuple(data.tokenizer(self.word)["input_ids"])})
+            return AttackResult(unlearned, plan={"prefix": tuple(data.tokenizer(self.word)["input_ids"])})
 
     RAN.clear()
     yield tmp_path
@@ -168,7 +170,7 @@ def test_the_same_call_does_nothing_twice_and_a_reference_is_attacked_once_for_a
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Nothing is measured of an attacked model."""
-    monkeypatch.setattr(redteam, "evaluate_model", lambda *_, **__: Evaluation())
+    monkeypatch.setattr("expunge.redteam.cases.evaluate_model", lambda *_, **__: Evaluation())
 
 
 def test_a_case_is_shared_by_runs_that_differ_in_what_it_does_not_see(home, unmeasured):
@@ -208,8 +210,10 @@ def test_a_case_is_not_shared_where_something_that_it_sees_differs(home, unmeasu
 
 def test_what_an_attack_left_as_it_was_is_not_measured_again(home, monkeypatch):
     measured = []
-    actual = redteam.evaluate_model
-    monkeypatch.setattr(redteam, "evaluate_model", lambda *args, **more: measured.append(1) or actual(*args, **more))
+    actual = evaluate_model
+    monkeypatch.setattr(
+        "expunge.redteam.cases.evaluate_model", lambda *args, **more: measured.append(1) or actual(*args, **more)
+    )
     attacked(
         home,
         team={"attacks": ["relearn_forget"]},
@@ -233,7 +237,7 @@ def test_a_case_of_which_a_sweep_left_the_record_alone_is_run_again(home):
 
 
 def test_it_goes_on_after_a_stop(home, monkeypatch):
-    keep = redteam._keep
+    keep = cases._keep
     calls = []
 
     def stopped(*args):
@@ -242,10 +246,10 @@ def test_it_goes_on_after_a_stop(home, monkeypatch):
             raise KeyboardInterrupt
         keep(*args)
 
-    monkeypatch.setattr(redteam, "_keep", stopped)
+    monkeypatch.setattr(cases, "_keep", stopped)
     with pytest.raises(KeyboardInterrupt):
         attacked(home)
-    monkeypatch.setattr(redteam, "_keep", keep)
+    monkeypatch.setattr(cases, "_keep", keep)
     RAN.clear()
     attacked(home)
     assert len(RAN) == 8 - 1  # two of none and one of scale were whole
@@ -278,7 +282,7 @@ def test_what_leaves_no_room_for_a_found_string_is_refused_before_the_search(hom
 
 def test_two_sets_instead_of_pairs_are_what_attacks_take(home, monkeypatch):
     had = []
-    monkeypatch.setattr(redteam, "AttackData", lambda *parts: had.append(actual(*parts)) or had[-1])
+    monkeypatch.setattr("expunge.redteam.data.AttackData", lambda *parts: had.append(actual(*parts)) or had[-1])
     actual = AttackData
     for name, text in (("forget", "The house is cold."), ("retain", "The house is warm.")):
         (home / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")

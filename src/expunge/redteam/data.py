@@ -1,0 +1,99 @@
+"""What a red team works with: its attacks, what an attacker has, and what is measured, which the attacker does not see."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from expunge import assembly
+from expunge.attacks import ATTACKS, Attack, AttackData, cases
+from expunge.attacks.base import check_names
+from expunge.config import RedTeamConfig, RunConfig
+from expunge.data import Text, load_corpus, load_pairs, load_prompts, load_unpaired
+from expunge.errors import ExpungeError
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
+
+log = logging.getLogger("expunge")
+
+
+def settings_of(config: RunConfig) -> tuple[RedTeamConfig, dict[str, list[Attack]]]:
+    """How the red team works, and the cases of each attack.
+
+    Raises ExpungeError for what there is not, and for a set to search or choose with that is reported too.
+    """
+    team = config.redteam or RedTeamConfig()
+    names = [name for one in team.attacks for name in (ATTACKS.names() if one == "all" else [one])]
+    own = config.attack or {}
+    check_names([*names, *own])
+    reported = [name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name]
+    for key in ("validation", "search", "neutral"):
+        name = getattr(team, key)
+        if name and any(_same(name, other) for other in reported):
+            raise ExpungeError(f"redteam.{key}={name}: it is reported too; what is chosen by it would flatter it")
+    return team, {name: cases(name, team.budget, own.get(name)) for name in dict.fromkeys(names)}
+
+
+def attackers_data(
+    config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any, measured: EvaluationData
+) -> AttackData:
+    """What an attacker has, but for what is measured. Raises ExpungeError where nothing else is left of a part."""
+    args = assembly.build_training(config.training, Path("unused"), config.seed)
+    forget, retain = _trained_on(config, tokenizer, args.max_continuation_tokens)
+    pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
+    search = load_prompts(team.search, tokenizer=tokenizer) if team.search else []
+    own = config.data.train or config.data.forget
+    return AttackData(
+        tokenizer,
+        _unmeasured(forget, measured, f"the forget set, {own},"),
+        _unmeasured(retain, measured, f"the retain set, {own if config.data.train else config.data.retain},"),
+        _unmeasured([Text(pair.prompt, pair.rejected) for pair in pairs], measured, f"redteam.validation={team.validation}"),
+        [text.prompt for text in _unmeasured([Text(p.text, "") for p in search], measured, f"redteam.search={team.search}")],
+        load_corpus(team.neutral) if team.neutral else "",
+        scorer.score,
+        args.max_prompt_tokens,
+        args.max_continuation_tokens,
+        measured_plan(config),
+    )
+
+
+def _trained_on(config: RunConfig, tokenizer: Any, passage: int) -> tuple[list[Text], list[Text]]:
+    """The forget and the retain set; of a model of which nothing is known, both empty."""
+    data = assembly.one_kind(config.data)
+    if data.train is not None:
+        pairs = load_pairs(data.train, limit=data.limit, seed=config.seed, tokenizer=tokenizer)
+        return [Text(pair.prompt, pair.rejected) for pair in pairs], [Text(pair.prompt, pair.chosen) for pair in pairs]
+    if data.forget is None or data.retain is None:
+        return [], []
+    sets = load_unpaired(data.forget, data.retain, data.limit, config.seed, tokenizer, passage)
+    return list(sets.forget), list(sets.retain)
+
+
+def _unmeasured(texts: Sequence[Text], measured: EvaluationData, source: str) -> list[Text]:
+    """Those whose prompt, or whole text, is not measured: what is found with others would flatter the attack."""
+    asked = {prompt for prompts in measured.challenge.values() for prompt in prompts}
+    asked |= {pair.prompt + text for pair in measured.pairs for text in ("", pair.chosen, pair.rejected)}
+    seen = {text.strip() for text in asked} - {""}
+    left = [text for text in texts if not seen & {text.prompt.strip(), (text.prompt + text.completion).strip()}]
+    if texts and not left:
+        raise ExpungeError(f"{source}: it is reported too, all of it; what is found with it would flatter the attack")
+    if len(left) < len(texts):
+        log.warning("attack: %s: %d of %d texts are reported too, and left out", source, len(texts) - len(left), len(texts))
+    return left
+
+
+def _same(name: str, other: str) -> bool:
+    """Do both name one set, or one file?"""
+    return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
+
+
+def measured_data(config: RunConfig, tokenizer: Any) -> EvaluationData:
+    """What a run is measured on, but for the prompts of F1."""
+    data = dataclasses.replace(config.data, neutral=None)
+    asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
+    return assembly.evaluation_data(data, asked, tokenizer)
+
+
+def measured_plan(config: RunConfig) -> EvaluationPlan:
+    """How: nothing is forced but by an attack."""
+    return dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
