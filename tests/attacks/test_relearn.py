@@ -12,7 +12,7 @@ from transformers import Trainer
 from expunge.adapters import add_lora, merge
 from expunge.attacks import AttackData, Budget, cases, relearn
 from expunge.attacks.relearn import RelearnBenign, RelearnForget, RelearnRetain, causal_batch, draw
-from expunge.data import Text
+from expunge.data import Text, load_pairs
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.metrics.perplexity import row_nll
@@ -116,6 +116,27 @@ def test_ten_texts_undo_a_shallow_unlearning_on_texts_that_they_do_not_hold(orig
     assert result.about["tokens"] == sum(len(prompt) + len(continuation) for prompt, continuation in drawn)
     assert result.about["loss"] == pytest.approx(mean_nll(result.model, drawn))
     assert result.about["loss"] < mean_nll(shallow, drawn) - 0.5 and result.trace[-1]["loss"] < result.trace[0]["loss"]
+
+
+def test_the_rates_of_the_budget_undo_a_shallow_unlearning_of_the_built_in_model():
+    """Rates that are too small would flatter every defence."""
+    original, tokenizer = load_model("builtin", dtype="float32")
+    texts = [
+        [Text(pair.prompt, pair.rejected) for pair in load_pairs(name, limit=16, tokenizer=tokenizer)]
+        for name in ("builtin", "builtin-validation")
+    ]
+    data = AttackData(tokenizer, forget=texts[0], validation=texts[1])
+    torch.manual_seed(0)
+    adapted = add_lora(copy.deepcopy(original), r=1)
+    descend(adapted, data.rows("forget"), steps=6, rate=1e-3, sign=-1.0)
+    shallow = merge(adapted).eval()
+    moved = [(one - other).detach() for one, other in zip(shallow.parameters(), original.parameters(), strict=True)]
+    assert (
+        torch.cat([m.flatten() for m in moved]).norm() < 0.1 * torch.cat([p.flatten() for p in original.parameters()]).norm()
+    )
+    attacked = [attack.run(shallow, None, data, Budget()).model for attack in cases("relearn_forget", "small", {"seed": 0})]
+    was, gone, *back = (mean_nll(model, data.rows("validation")) for model in (original, shallow, *attacked))
+    assert gone > was + 0.5 and min(back) < was + 0.3 * (gone - was)
 
 
 def test_an_adapter_relearns_too_and_generates(original, shallow, data, tokenizer):
