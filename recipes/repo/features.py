@@ -96,7 +96,7 @@ def main(*folders: str) -> None:
             lines += found_in(
                 "reference", load_model(config.model, **assembly.loading(config))[0], tokenizer, train, heldout
             )
-        lines += found_in(config.method["name"], model, tokenizer, train, heldout)
+        lines += found_in(folder.name, model, tokenizer, train, heldout)
         write_lines(RESULTS, lines)
     print(table(lines or read_lines(RESULTS)))
 
