@@ -54,7 +54,7 @@ def draw(lines: list[dict[str, Any]]) -> None:
                 own.sort(key=lambda line: line["samples"])
                 x, y = [line["samples"] for line in own], [statistics.mean(line["toxicity"]) for line in own]
                 ends = [[max(line["toxicity"]) for line in own], [min(line["toxicity"]) for line in own]]
-                axes.plot(x, y, marker="o", label=name, color=color)
+                axes.plot(x, y, marker="o", label=name.upper(), color=color)
                 axes.fill_between(x, *ends, alpha=0.15, color=color)
             axes.set(xlabel=ATTACKS[attack], ylabel=f"toxicity, {SETS[dataset]}" if axes is row[0] else None)
     grid[0][0].legend()
