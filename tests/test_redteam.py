@@ -369,6 +369,15 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
     assert again == rows and "Under attack" in (home / "run" / "report.html").read_text()
 
 
+def test_a_run_that_would_search_with_what_it_reports_is_not_begun(home, monkeypatch, capsys):
+    words = ["run", "--model", "before", "--pairs", "pairs.jsonl", "--out", "run", "data.prompts=[search.jsonl]"]
+    monkeypatch.setattr(sys, "argv", ["expunge", *words, "redteam.attacks=[scale]", "redteam.search=search.jsonl"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and not (home / "run").exists()
+    assert "redteam.search=search.jsonl: it is reported too" in capsys.readouterr().err
+
+
 def test_a_steered_run_is_attacked_like_any_other(home):
     """LEACE changes no weight; the red team's copies have its edits too."""
     method = {"name": "leace", "fit_on": "sides", "at": [0]}

@@ -18,26 +18,28 @@ log = logging.getLogger("expunge")
 
 
 def settings_of(config: RunConfig) -> tuple[RedTeamConfig, dict[str, list[Attack]]]:
-    """How the red team works, and the cases of each attack.
-
-    Raises ExpungeError for what there is not, and for a set to search or choose with that is reported too.
-    """
+    """How the red team works, and the cases of each attack. Raises ExpungeError for what there is not."""
     team = config.redteam or RedTeamConfig()
     names = [name for one in team.attacks for name in (ATTACKS.names() if one == "all" else [one])]
     own = config.attack or {}
     check_names([*names, *own])
+    return team, {name: cases(name, team.budget, own.get(name)) for name in dict.fromkeys(names)}
+
+
+def check_unreported(config: RunConfig, team: RedTeamConfig) -> None:
+    """Raise ExpungeError for a set to search or to choose with that is reported too."""
     reported = [name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name]
     for key in ("validation", "search", "neutral"):
         name = getattr(team, key)
         if name and any(_same(name, other) for other in reported):
             raise ExpungeError(f"redteam.{key}={name}: it is reported too; what is chosen by it would flatter it")
-    return team, {name: cases(name, team.budget, own.get(name)) for name in dict.fromkeys(names)}
 
 
 def attackers_data(
     config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any, measured: EvaluationData
 ) -> AttackData:
     """What an attacker has, but for what is measured. Raises ExpungeError where nothing else is left of a part."""
+    check_unreported(config, team)
     args = assembly.build_training(config.training, Path("unused"), config.seed)
     forget, retain = _trained_on(config, tokenizer, args.max_continuation_tokens)
     pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
