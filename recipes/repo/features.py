@@ -1,6 +1,6 @@
 """Can a probe still tell toxic from benign tokens inside a model? Fitted anew on the states of each, layer by layer.
 
-python recipes/repo/features.py runs/mine [runs/other ...]    # benchmarks/results/features.jsonl; prints the table
+python recipes/repo/features.py runs/mine [runs/other ...]    # adds to benchmarks/results/features.jsonl; prints the table
 
 A probe learns on pairs that the run was trained on, and its area under the curve is of held-out pairs, tokens of their
 continuations, with an interval over pairs. Into block 0 go embeddings: what that layer tells are the words themselves.
@@ -86,19 +86,19 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(*folders: str) -> None:
-    lines: list[dict[str, Any]] = []
+    lines = read_lines(RESULTS) if RESULTS.exists() else []
     for folder in map(Path, folders):
         config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
         model, tokenizer = load_model(folder / "model", **assembly.loading(config))
         train = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed, tokenizer=tokenizer)[:PAIRS]
         heldout = load_pairs(config.data.heldout, limit=HELDOUT, tokenizer=tokenizer)
         if not lines:
-            lines += found_in(
-                "reference", load_model(config.model, **assembly.loading(config))[0], tokenizer, train, heldout
-            )
+            reference, _ = load_model(config.model, **assembly.loading(config))
+            lines += found_in("reference", reference, tokenizer, train, heldout)
+        lines = [line for line in lines if line["model"] != folder.name]
         lines += found_in(folder.name, model, tokenizer, train, heldout)
         write_lines(RESULTS, lines)
-    print(table(lines or read_lines(RESULTS)))
+    print(table(lines))
 
 
 if __name__ == "__main__":
