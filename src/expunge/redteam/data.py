@@ -44,13 +44,13 @@ def attackers_data(
     forget, retain = _trained_on(config, tokenizer, args.max_continuation_tokens)
     pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
     search = load_prompts(team.search, tokenizer=tokenizer) if team.search else []
-    own = config.data.train or config.data.forget
+    sources, seen = config.data, _texts_of(measured)
     return AttackData(
         tokenizer,
-        _unmeasured(forget, measured, f"the forget set, {own},"),
-        _unmeasured(retain, measured, f"the retain set, {own if config.data.train else config.data.retain},"),
-        _unmeasured([Text(pair.prompt, pair.rejected) for pair in pairs], measured, f"redteam.validation={team.validation}"),
-        [text.prompt for text in _unmeasured([Text(p.text, "") for p in search], measured, f"redteam.search={team.search}")],
+        _unmeasured(forget, seen, f"the forget set, {sources.train or sources.forget},"),
+        _unmeasured(retain, seen, f"the retain set, {sources.train or sources.retain},"),
+        _unmeasured([Text(pair.prompt, pair.rejected) for pair in pairs], seen, f"redteam.validation={team.validation}"),
+        [text.prompt for text in _unmeasured([Text(p.text, "") for p in search], seen, f"redteam.search={team.search}")],
         load_corpus(team.neutral) if team.neutral else "",
         scorer.score,
         args.max_prompt_tokens,
@@ -71,11 +71,15 @@ def _trained_on(config: RunConfig, tokenizer: Any, passage: int) -> tuple[list[T
     return list(sets.forget), list(sets.retain)
 
 
-def _unmeasured(texts: Sequence[Text], measured: EvaluationData, source: str) -> list[Text]:
-    """Those whose prompt, or whole text, is not measured: what is found with others would flatter the attack."""
+def _texts_of(measured: EvaluationData) -> set[str]:
+    """Prompts that are measured, and held-out pairs' texts."""
     asked = {prompt for prompts in measured.challenge.values() for prompt in prompts}
     asked |= {pair.prompt + text for pair in measured.pairs for text in ("", pair.chosen, pair.rejected)}
-    seen = {text.strip() for text in asked} - {""}
+    return {text.strip() for text in asked} - {""}
+
+
+def _unmeasured(texts: Sequence[Text], seen: set[str], source: str) -> list[Text]:
+    """Those whose prompt, or whole text, is not among `seen`: what is found with others would flatter the attack."""
     left = [text for text in texts if not seen & {text.prompt.strip(), (text.prompt + text.completion).strip()}]
     if texts and not left:
         raise ExpungeError(f"{source}: it is reported too, all of it; what is found with it would flatter the attack")

@@ -11,7 +11,7 @@ import torch
 from expunge import assembly, pipeline
 from expunge.attacks import Attack, Budget
 from expunge.attacks.base import PARTS
-from expunge.config import RunConfig
+from expunge.config import RedTeamConfig, RunConfig
 from expunge.errors import ExpungeError
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
@@ -48,7 +48,8 @@ def red_team(
     if reference is not None:
         original, _ = load_model(reference, revision=reference_revision, **assembly.loading(config))
         subjects.insert(0, _subject("reference", original, shared=True))
-    bench = _bench(config, folder, subjects, tokenizer, [one for several in attacks.values() for one in several], quiet)
+    every = [one for several in attacks.values() for one in several]
+    bench = _bench(config, team, folder, subjects, tokenizer, every, quiet)
     common = {"stage": "attack", "run": folder.name, "model": str(config.model), "seed": config.evaluation.seed}
     rows: list[Row] = []
     seconds, failed = 0.0, []
@@ -111,10 +112,15 @@ def _subject(name: str, model: Any, shared: bool) -> Subject:
 
 
 def _bench(
-    config: RunConfig, folder: Path, subjects: Sequence[Subject], tokenizer: Any, attacks: Sequence[Attack], quiet: bool
+    config: RunConfig,
+    team: RedTeamConfig,
+    folder: Path,
+    subjects: Sequence[Subject],
+    tokenizer: Any,
+    attacks: Sequence[Attack],
+    quiet: bool,
 ) -> Bench:
     """Raises ExpungeError where an attack lacks what it needs, or adds more to a prompt than the context has room for."""
-    team, _ = settings_of(config)
     unlearned, original = subjects[-1], subjects[0] if len(subjects) > 1 else None
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     measured, plan = measured_data(config, tokenizer), measured_plan(config)
