@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import yaml
+from tokenizers.normalizers import Lowercase
 
 from expunge import redteam
 from expunge.adapters import add_lora
@@ -206,6 +207,10 @@ def test_a_case_is_not_shared_where_something_that_it_sees_differs(home, unmeasu
     assert fresh(training={"max_continuation_tokens": 3}) == {"ask"}
     assert fresh(evaluation=replace(config().evaluation, samples=1)) == {"none", "ask"}
     assert fresh(data=replace(config().data, prompts=["validation.jsonl"]), team={"validation": None}) == {"none", "ask"}
+    _, other = load_model("after")
+    other.backend_tokenizer.normalizer = Lowercase()
+    other.save_pretrained("after")
+    assert fresh() == {"none", "ask"}
 
 
 def test_what_an_attack_left_as_it_was_is_not_measured_again(home, monkeypatch):
@@ -329,6 +334,10 @@ def test_an_adapter_is_merged_before_it_is_attacked(tiny_model):
         (
             {"team": {"attacks": ["scale", "relearn_forget"]}, "attack": {"relearn_forget": {"samples": 13}}},
             r"samples=13: the forget set has 12 texts",
+        ),
+        *(
+            ({"team": {"attacks": ["scale", name]}}, "8 prompts were asked for and 1 given")
+            for name in ("gcg", "enhanced_gcg", "soft_prompt")
         ),
         ({"team": {"steps": 0}}, r"budget\.steps=0"),
         ({"team": {"attacks": ["ask"], "search": None}}, r"redteam\.search"),

@@ -26,7 +26,7 @@ import torch
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
-from expunge.attacks.tokens import allowed_tokens, cut_prompts, decode, reference_targets
+from expunge.attacks.tokens import allowed_tokens, check_prompts, cut_prompts, decode, reference_targets
 from expunge.config import at_least
 from expunge.data.tokenize import continuation_text, leading_tokens
 from expunge.generation import Decoding, check_room, generate
@@ -110,6 +110,7 @@ class EnhancedGCG(Attack):
     def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
         super().check(unlearned, reference, data)
         self._layers(depth(unlearned))
+        check_prompts(data, self.optimised)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)

@@ -20,7 +20,14 @@ import torch
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.continuations import Loss, TargetLosses
-from expunge.attacks.tokens import allowed_tokens, first_string, reference_targets, typed_anywhere, without_bos
+from expunge.attacks.tokens import (
+    allowed_tokens,
+    check_prompts,
+    first_string,
+    reference_targets,
+    typed_anywhere,
+    without_bos,
+)
 from expunge.config import at_least
 from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
@@ -74,6 +81,10 @@ class GCG(Attack):
     @property
     def adds(self) -> int:
         return self.length
+
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        super().check(unlearned, reference, data)
+        check_prompts(data, self.optimised)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
+from expunge.attacks.tokens import Target, allowed_tokens, check_prompts, reference_targets
 from expunge.config import at_least
 from expunge.data.tokenize import leading_tokens
 from expunge.engine import collate
@@ -57,6 +57,10 @@ class SoftPrompt(Attack):
     @property
     def adds(self) -> int:
         return self.length
+
+    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+        super().check(unlearned, reference, data)
+        check_prompts(data, self.optimised)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)

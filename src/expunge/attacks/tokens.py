@@ -101,6 +101,12 @@ def cut_prompts(data: AttackData) -> list[list[int]]:
     return [plan.cut(ids) for ids in (encode(data.tokenizer, list(data.prompts)) if data.prompts else [])]
 
 
+def check_prompts(data: AttackData, count: int) -> None:
+    """Raise ExpungeError where there are not so many prompts to search on."""
+    if len(data.prompts) < count:
+        raise ExpungeError(f"{count} prompts were asked for and {len(data.prompts)} given: give more, or ask for fewer")
+
+
 def reference_targets(reference: Any, data: AttackData, count: int, tokens: int) -> tuple[list[Target], dict[str, int]]:
     """The `count` prompts of `data.prompts` whose greedy continuation by the reference scores highest, worst first.
 

@@ -85,8 +85,10 @@ class Bench:
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """How any model is measured, and by what."""
+        tokenizer = self.had.tokenizer
         return {
             "expunge": version("expunge"),
+            "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
             "measured": digest_all([self.measured]),
             "plan": self.plan,
             "scorers": [(scorer.name, scorer.digest) for scorer in self.scorers],  # in order: the first is the judge
@@ -97,7 +99,7 @@ class Bench:
         """What an attack needs and no more, so that what it does not see makes no case another; and a hash of it."""
         if (key := frozenset(needs)) not in self._given:
             part = self.had.only(key)
-            unseen = ("tokenizer", "score", "plan", "room")  # of these `about` knows the plan and the scorer
+            unseen = ("tokenizer", "score", "plan", "room")  # of these `about` knows but the last
             seen = [field.name for field in dataclasses.fields(part) if field.name not in unseen]
             self._given[key] = part, digest_all(getattr(part, name) for name in seen)
         return self._given[key]
