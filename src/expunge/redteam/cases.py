@@ -85,7 +85,7 @@ class Bench:
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """How any model is measured, and by what."""
-        tokenizer = self.had.tokenizer
+        tokenizer: Any = self.had.tokenizer
         return {
             "expunge": version("expunge"),
             "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
