@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from expunge import REPO, ExpungeError, UnlearnConfig, UnlearnTrainer
-from expunge import models as rooms
 from expunge.adapters import add_lora, lora_config, merge
-from expunge.models import Reference, head_logits, hidden_states, load_model, load_outline, loading_options
+from expunge.models import Reference, head_logits, hidden_states, load_model, load_outline, loading, loading_options
 
 IDS = torch.tensor([[5, 17, 250, 33, 8, 91]])
 SETTINGS = {
@@ -235,7 +234,7 @@ def test_an_adapter_keeps_the_revision_of_its_base(tiny_model):
 
 
 def test_quantization_is_what_qlora_says(monkeypatch):
-    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(BitsAndBytesConfig, "post_init", lambda self: None)  # which asks for the package's version
     found = loading_options("bfloat16", quantization="4bit")["quantization_config"]
     assert (found.load_in_4bit, found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == (True, "nf4", True)
@@ -245,7 +244,7 @@ def test_quantization_is_what_qlora_says(monkeypatch):
 
 
 def test_quantization_without_bitsandbytes_is_one_line(base, monkeypatch):
-    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ExpungeError, match=r"quantization=4bit: bitsandbytes is not installed; pip install 'expunge\[quant\]'"
     ):
