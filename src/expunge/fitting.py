@@ -1,4 +1,4 @@
-"""Methods that are fitted and applied in place of training: what `training.py` is to the others.
+"""Methods that are fitted and applied in place of training: what `expunge.training` is to the others.
 
     about = fit_and_apply(model, tokenizer, TVI(alpha=20), probe_data=load_probe_data("builtin-pplm"))
     model.save_pretrained("out/model")

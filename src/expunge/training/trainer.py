@@ -1,14 +1,10 @@
-"""UnlearnTrainer: one subclass of `transformers.Trainer` for every trained method.
-
-    trainer = UnlearnTrainer(model, REPO(weight=0.2), UnlearnConfig(output_dir="out"), load_pairs("builtin"), tokenizer)
-    trainer.train(); trainer.save_model("out/model")
+"""The trainer: batches to losses, heads on the model while it trains, checkpoints.
 
 The loss is computed inside the wrapped model's forward; the method's heads hang on the model while it trains, have a
 learning rate of their own, go into checkpoints, and stay out of the exported model.
 """
 
 import copy
-import logging
 import math
 import random
 import shutil
@@ -16,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +27,14 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
-from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
 from expunge.callbacks import EachEpoch, EachStep, StepBar
-from expunge.config import at_least
-from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.data import Pair, Unpaired
 from expunge.data.rows import PairRows, SetRows
-from expunge.data.tokenize import encode, leading_tokens, tokenize_labelled
+from expunge.data.tokenize import tokenize_labelled
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
 from expunge.methods import Material, Method
@@ -51,7 +43,6 @@ from expunge.models import (
     context_length,
     depth,
     evaluating,
-    inner_model,
     only_training,
     original,
     weights_digest,
@@ -60,84 +51,12 @@ from expunge.models import (
 )
 from expunge.registry import did_you_mean
 from expunge.states import StoredStates
+from expunge.training.arguments import UnlearnConfig, refuse
+from expunge.training.rows import check_room, tokenized
 from expunge.whole import cannot_write
 
 HEADS = "expunge_heads"
 FIRST = 64  # rows to forget that a method may look at before training
-LOW = ("loss", "toxicity", "perplexity")
-"""How the names begin of figures that are better low, where `greater_is_better` is not given."""
-
-LEAST = {
-    "learning_rate": 0,
-    "heads_learning_rate": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-    "max_grad_norm": 0,
-    "num_train_epochs": 0.01,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "max_prompt_tokens": 1,
-    "max_continuation_tokens": 1,
-    "anchor_tokens": 1,
-    "logging_steps": 0.01,
-    "save_steps": 0.01,
-    "seed": 0,
-}
-"""The least that training takes; transformers would divide by zero, or train upwards."""
-
-log = logging.getLogger("expunge")
-
-
-@dataclass
-class UnlearnConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with defaults for unlearning, and what a method's heads and pairs need."""
-
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the model."})
-    heads_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of the method's heads; default 10 x the model's, at least 1e-4."}
-    )
-    weight_decay: float = field(default=1e-3, metadata={"help": "On the model's matrices; none on the heads."})
-    warmup_steps: float = field(default=100, metadata={"help": "Linear warm-up (REPO appendix B: 100)."})
-    num_train_epochs: float = field(default=3, metadata={"help": "Passes over the pairs, or over the forget set."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs, or rows of each set, a step and device."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's (DPO 10, REPO 1)."})
-    max_prompt_tokens: int = field(default=64, metadata={"help": "A prompt keeps its last tokens."})
-    max_continuation_tokens: int = field(default=64, metadata={"help": "A continuation keeps its first tokens."})
-    layout: str = field(
-        default="auto", metadata={"help": "auto: chunked logits, and one shared prefix a pair where it is exact; or plain."}
-    )
-    reference: str = field(
-        default="live",
-        metadata={
-            "help": "live; or cached: its states are computed once and kept on disk, faster from the second epoch on."
-        },
-    )
-    anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
-    anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint."})
-    save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    eval_steps: float | None = field(default=50, metadata={"help": "Steps between measurements, with eval_strategy=steps."})
-    report_to: Any = field(default="none", metadata={"help": "wandb, trackio, tensorboard, ... as in transformers."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are token ids."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "As in transformers."})
-
-    def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():  # accelerate takes several processes for several runs without it
-            self.use_cpu = True
-        at_least("training", self, **LEAST)
-        if self.greater_is_better is None and self.metric_for_best_model:
-            self.greater_is_better = not self.metric_for_best_model.removeprefix("eval_").startswith(LOW)
-        super().__post_init__()
-        installed = integration_utils.get_available_reporting_integrations()
-        for name in self.report_to:
-            if name not in integration_utils.INTEGRATION_TO_CALLBACK:
-                raise ExpungeError(
-                    f"training.report_to: unknown {name!r}{did_you_mean(name, integration_utils.INTEGRATION_TO_CALLBACK)}"
-                )
-            if name not in installed:
-                raise ExpungeError(f"training.report_to={name}: the package is not installed (pip install {name})")
 
 
 class UnlearnTrainer(Trainer):
@@ -164,7 +83,7 @@ class UnlearnTrainer(Trainer):
         measure: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
         probe_data: Sequence[tuple[str, bool]] = (),
     ):
-        _refuse(model, args)
+        refuse(model, args)
         method = method.placed(depth(model))
         self.paired = not isinstance(train_dataset, Unpaired)
         method.check_data(self.paired)
@@ -184,9 +103,9 @@ class UnlearnTrainer(Trainer):
         if args.max_grad_norm is None:
             args = copy.copy(args)  # the caller may use it for another method
             args.max_grad_norm = method.max_grad_norm
-        rows, self.truncation = _tokenized(train_dataset, args, processing_class)
+        rows, self.truncation = tokenized(train_dataset, args, processing_class)
         self.rows = rows
-        _check_room(model, rows)
+        check_room(model, rows)
         without_dropout(model)
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
@@ -431,87 +350,3 @@ def _without_heads(model: nn.Module):
     finally:
         if heads is not None:
             model._modules[HEADS] = heads
-
-
-def _refuse(model: nn.Module, args: UnlearnConfig) -> None:
-    """Raise ExpungeError for what would train, but not what was asked for."""
-    if args.layout not in ("auto", "plain"):
-        raise ExpungeError(f"training.layout={args.layout!r}: auto or plain")
-    if args.reference not in ("live", "cached"):
-        raise ExpungeError(f"training.reference={args.reference!r}: live or cached")
-    if args.push_to_hub:
-        raise ExpungeError(
-            "push_to_hub: the trainer would push checkpoints; after trainer.save_model(folder) call "
-            "huggingface_hub.upload_folder(repo_id=..., folder_path=folder), or use the command line"
-        )
-    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if not trained:
-        raise ExpungeError("no weight of the model is trained: load_model leaves an adapter on low-precision weights frozen")
-    if half := trained & {torch.float16, torch.bfloat16}:
-        log.warning(
-            "the weights that are trained are %s, in which small updates round to nothing: load them in float32, train an "
-            "adapter (lora.r=16), or raise the learning rate; training.bf16=true computes in bfloat16 on float32 weights",
-            str(half.pop()).removeprefix("torch."),
-        )
-    inner = inner_model(model)
-    if getattr(inner, "is_quantized", False) and not hasattr(model, "disable_adapter"):
-        raise ExpungeError("quantized weights cannot be trained: add an adapter (lora.r=16)")
-    places = {torch.device(place) for place in getattr(inner, "hf_device_map", {}).values()}
-    if away := {
-        str(place) for place in places if (place.type, place.index or 0) != (args.device.type, args.device.index or 0)
-    }:
-        raise ExpungeError(
-            f"device_map puts parts of the model on {', '.join(sorted(away))}, but training runs on {args.device}: leave "
-            "device_map out, and use `accelerate launch` for several devices"
-        )
-    if args.n_gpu > 1:
-        raise ExpungeError(
-            f"{args.n_gpu} GPUs are visible to one process: start it with `accelerate launch`, or let it see one only "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
-
-
-def _tokenized(
-    data: Sequence[Pair] | Unpaired, args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PairRows | SetRows, Truncation | dict[str, TextTruncation]]:
-    """`data` as rows of token ids, and what did not fit, which is said."""
-    limits = (args.max_prompt_tokens, args.max_continuation_tokens)
-    anchor = _windows(args, tokenizer)
-    if isinstance(data, Unpaired):
-        sides, by_side = tokenize_unpaired(data, tokenizer, *limits)
-        rows, truncation = SetRows(sides, args.seed, anchor), by_side
-        lines = [f"to {side}, {counts}" for side, counts in by_side.items()]
-    else:
-        pairs, truncation = tokenize_pairs(data, tokenizer, *limits)
-        rows, lines = PairRows(pairs, anchor), [str(truncation)]
-    for line in lines if args.process_index == 0 else ():
-        log.info("train: %s", line)
-    return rows, truncation
-
-
-def _check_room(model: nn.Module, rows: PairRows | SetRows) -> None:
-    """Raise ExpungeError where a prompt and its continuation are longer than the model's context."""
-    longest = max(map(len, rows.sequences(("retain", "forget"))))
-    if longest > (context := context_length(model)):
-        kind = "pair" if isinstance(rows, PairRows) else "text"
-        raise ExpungeError(
-            f"the longest {kind} has {longest} tokens, the model's context {context}: lower training.max_prompt_tokens or "
-            "training.max_continuation_tokens"
-        )
-
-
-def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Full windows of the anchor corpus, as token ids, each with the bos that the tokenizer puts before a text."""
-    if not args.anchor_text:
-        return []
-    from expunge.data import load_corpus
-
-    ids = encode(tokenizer, load_corpus(args.anchor_text))
-    start = leading_tokens(tokenizer)
-    size = args.anchor_tokens - len(start)
-    if size < 1:
-        raise ExpungeError(f"training.anchor_tokens={args.anchor_tokens}: at least {len(start) + 1} are needed")
-    windows = [start + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
-    if not windows:
-        raise ExpungeError(f"training.anchor_text={args.anchor_text!r}: shorter than one window of {size} tokens")
-    return windows
