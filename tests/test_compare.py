@@ -113,6 +113,17 @@ def run_of(value: float, ratio: float, before: float = 0.5, **more: Any) -> list
     ]
 
 
+def test_a_reference_that_each_seed_has_anew_is_a_mean_over_seeds_too():
+    """Under an attack it is another for each seed; where it is one and the same it keeps its own interval."""
+    seeds = [run_of(0.4, 0.8, before=before) for before in (0.5, 0.6)]
+    table = compare([Entry("a", seeds)], {"toxicity": COLUMNS["toxicity"]})
+    assert table.lines[0].cells[0] == combined([rows[0] for rows in seeds])
+    assert table.lines[0].cells[0].value == pytest.approx(0.55)
+    same = [run_of(value, 0.8) for value in (0.4, 0.3)]
+    own = compare([Entry("a", same)], {"toxicity": COLUMNS["toxicity"]}).lines[0].cells[0]
+    assert (own.low, own.high) == (same[0][0].ci_low, same[0][0].ci_high)
+
+
 def test_lines_stand_below_their_reference():
     """Three runs on one reference and one on another; a run without a reference goes with the first."""
     entries = [

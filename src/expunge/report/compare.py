@@ -123,15 +123,11 @@ def combined(rows: Sequence[Row]) -> Cell:
 
 def compare(entries: Sequence[Entry], columns: Mapping[str, Wanted], head: str = "run") -> Table:
     """Entries as lines below the reference that they were measured against. Figures that an entry lacks are left empty."""
-    groups: list[tuple[dict[str, Row], list[Entry]]] = []
+    groups: list[tuple[dict[str, Cell], list[Entry]]] = []
     for entry in entries:
         reference = _reference(entry, columns)
         for shared, members in groups:
-            if all(
-                math.isclose(row.value, shared[name].value, rel_tol=1e-6)
-                for name, row in reference.items()
-                if name in shared
-            ):
+            if all(_same(own, shared[name]) for name, own in reference.items() if name in shared):
                 shared |= reference
                 members.append(entry)
                 break
@@ -139,9 +135,10 @@ def compare(entries: Sequence[Entry], columns: Mapping[str, Wanted], head: str =
             groups.append((reference, [entry]))
     lines = []
     for reference, members in groups:
-        group = next((row.model for row in reference.values() if row.model), None) or "runs"
+        rows = (row for entry in members for rows in entry.runs for row in rows)
+        group = next((row.model for row in rows if row.subject == "reference" and row.model), None) or "runs"
         if reference:
-            cells = [cell(reference.get(name)) for name in columns]
+            cells = [reference.get(name, Cell()) for name in columns]
             lines.append(Line(group, "reference" if len(groups) == 1 else f"reference ({group})", "", (*cells, Cell())))
         for entry in members:
             found = [combined(_found(entry, wanted)) for wanted in columns.values()]
@@ -245,8 +242,18 @@ def _found(entry: Entry, wanted: Wanted) -> list[Row]:
     return [row for rows in entry.runs if (row := find(rows, wanted))]
 
 
-def _reference(entry: Entry, columns: Mapping[str, Wanted]) -> dict[str, Row]:
-    """The reference's rows by column; a ratio has none."""
-    return {
-        name: row for name, wanted in columns.items() for rows in entry.runs[:1] if (row := find(rows, wanted, "reference"))
+def _reference(entry: Entry, columns: Mapping[str, Wanted]) -> dict[str, Cell]:
+    """The reference's figures by column; a ratio has none. Under attacks it has others for each seed."""
+    found = {
+        name: [row for rows in entry.runs if (row := find(rows, wanted, "reference"))] for name, wanted in columns.items()
     }
+    return {
+        name: combined(rows) if len({row.value for row in rows}) > 1 else cell(rows[0])
+        for name, rows in found.items()
+        if rows
+    }
+
+
+def _same(one: Cell, other: Cell) -> bool:
+    assert one.value is not None and other.value is not None  # of rows, which have one
+    return math.isclose(one.value, other.value, rel_tol=1e-6)
