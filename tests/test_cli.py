@@ -15,10 +15,11 @@ import torch
 import yaml
 from typer.main import get_command
 
-from expunge import load_model, pipeline
+from expunge import load_model
 from expunge.adapters import add_lora
 from expunge.cli import app, main
 from expunge.estimate import CannotEstimate
+from expunge.pipeline import measuring, training
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -320,7 +321,8 @@ def test_options_reach_every_load(home, tmp_path, monkeypatch):
         loaded.append((Path(name).name, options))
         return load_model(name, **options)
 
-    monkeypatch.setattr(pipeline, "load_model", spy)
+    for stage in (measuring, training):
+        monkeypatch.setattr(stage, "load_model", spy)
     given = ["--revision", "v2", "--dtype", "bfloat16", "--attn-implementation", "eager", "--device-map", "cpu"]
     out = tmp_path / "out"
     assert call(*short(home, out), *given, "--trust-remote-code", "lora.r=2") == 0

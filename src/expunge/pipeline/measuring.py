@@ -1,0 +1,115 @@
+"""The stages that measure the reference and the unlearned model."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from expunge import harness
+from expunge.assembly import evaluation_plan, loading
+from expunge.config import RunConfig, cache_folder
+from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
+from expunge.metrics.figures import Evaluation
+from expunge.metrics.figures import rows as figure_rows
+from expunge.metrics.s_unlearning import s_rows
+from expunge.models import load_model, weights_digest
+from expunge.pipeline.stages import finish, is_done, write_provenance
+from expunge.provenance import digest, digest_all, peak_memory_bytes
+from expunge.rows import Row, write_lines, write_rows
+from expunge.scorers import Scorer
+
+
+def measure(
+    folder: Path,
+    config: RunConfig,
+    model: str | Path,
+    reference: str | Path | None,
+    data: EvaluationData,
+    scorers: Sequence[Scorer],
+    quiet: bool = False,
+    reference_revision: str | None = None,
+) -> list[Row]:
+    """Measure `model` and its `reference` into `folder`: results.jsonl, samples.jsonl, provenance.json.
+
+    Both are loaded as `config` says, `model` at its revision.
+    """
+    plan = evaluation_plan(config.evaluation)
+    subjects = {"reference": reference, "unlearned": model} if reference else {"unlearned": model}
+    found: dict[str, Evaluation] = {}
+    for subject, name in subjects.items():
+        revision = reference_revision if subject == "reference" else config.revision
+        found[subject] = _evaluate(folder, subject, name, plan, data, scorers, config, quiet, revision)
+    common = {"stage": "evaluate", "run": folder.name, "seed": config.evaluation.seed}
+    rows: list[Row] = []
+    makers: list[Callable[..., list[Row]]] = [figure_rows]
+    if sets := config.evaluation.s_unlearning:
+        makers.append(partial(s_rows, utility=sets.utility, forget=sets.forget))
+    for make in makers:
+        if reference:
+            rows += make(found["reference"], subject="reference", model=str(reference), **common)
+        rows += make(
+            found["unlearned"],
+            reference=found.get("reference"),
+            subject="unlearned",
+            model=str(config.model),
+            method=config.method.get("name") if reference else None,
+            **common,
+        )
+    write_lines(
+        folder / "samples.jsonl",
+        ({"subject": subject, **sample} for subject in subjects for sample in found[subject].samples),
+    )
+    write_rows(folder / "results.jsonl", rows)
+    write_provenance(folder, config, scorers)
+    return rows
+
+
+def _evaluate(
+    folder: Path,
+    subject: str,
+    name: str | Path,
+    plan: EvaluationPlan,
+    data: EvaluationData,
+    scorers: Sequence[Scorer],
+    config: RunConfig,
+    quiet: bool,
+    revision: str | None,
+) -> Evaluation:
+    """One subject's evaluation, from the cache where the same weights met the same text before."""
+    model, tokenizer = load_model(name, revision=revision, **loading(config))
+    inputs = {
+        "weights": weights_digest(model),
+        "attention": config.attn_implementation,
+        "data": digest_all([data]),
+        "plan": plan,
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+    }
+    asked = config.evaluation
+    tasks = (asked.harness, asked.questions, asked.shots, asked.seed)
+    if asked.harness:
+        inputs["harness"] = harness.fingerprint(*tasks)
+    key = digest(inputs)
+    cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
+    done, started = is_done(folder, f"evaluate-{subject}", key) and cache.exists(), time.monotonic()
+    if not done and (not cache.exists() or subject != "reference"):
+        parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
+        found = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
+        if asked.harness:
+            found.figures += harness.run_harness(model, tokenizer, *tasks, progress=not quiet)
+        if subject != "reference" or not cache.exists():  # another run may have been faster, and be reading it
+            found.save(cache)
+        shutil.rmtree(parts, ignore_errors=True)
+    evaluation = Evaluation.load(cache)
+    if not done:
+        facts = {
+            "weights_sha256": inputs["weights"],
+            "data_sha256": inputs["data"],
+            "scorers": inputs["scorers"],
+            **({"lm_eval": harness.harness_version()} if asked.harness else {}),
+            **evaluation.counts(),
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        finish(folder, f"evaluate-{subject}", key, facts)
+    return evaluation

@@ -1,0 +1,215 @@
+"""The stage that makes the unlearned model, by training or by fitting, and sends it to the hub where that is asked for."""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from expunge import hub
+from expunge.adapters import add_lora, merge
+from expunge.assembly import (
+    build_method,
+    build_training,
+    check_model,
+    check_unreported,
+    loading,
+    lora_of,
+    monitor_data,
+    outline_of,
+    probe_data,
+    training_data,
+)
+from expunge.callbacks import Mark, StopOnInterrupt, forget_others, last_checkpoint
+from expunge.config import DataConfig, RunConfig
+from expunge.data import Pair, Text, Unpaired, load_corpus
+from expunge.errors import Interrupted
+from expunge.fitting import fit_and_apply
+from expunge.metrics.perplexity import text_windows
+from expunge.models import load_model, weights_digest
+from expunge.monitor import Monitor, light_plan
+from expunge.pipeline.stages import finish, is_done, is_main_process
+from expunge.provenance import digest, digest_all, peak_memory_bytes
+from expunge.rows import write_lines
+from expunge.scorers import load_scorer
+from expunge.training import UnlearnConfig, UnlearnTrainer
+from expunge.whole import whole
+
+log = logging.getLogger("expunge")
+
+
+def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
+    """Train into `folder/model`, from the last complete checkpoint. Skipped when it is done; `folder` is claimed before.
+
+    With `training.push_to_hub` the model goes to the hub then, once.
+    """
+    train_or_skip(config, folder, quiet)()
+
+
+def train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], None]:
+    """What `train` does, but for the push, which is what it returns."""
+    args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
+    data = training_data(config, outline_of(config)[1], args)
+    key = digest([config.model, config.revision, loading(config), config.method, config.training, config.lora, config.seed])
+    key = digest([key, _hash(data)])
+    probed = probe_data(config, data)
+    if probed:
+        key = digest([key, probed])
+    applied = build_method(config.method).applied
+    if applied:
+        key = digest([key, config.monitor.corpus, config.monitor.tokens])
+    elif args.eval_strategy != "no":  # what is measured decides which checkpoint is best
+        key = digest([key, config.monitor, light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)])
+    wanted = args.push_to_hub and is_main_process() and not is_done(folder, "push", key)
+    repo = hub.reserve(args, folder.resolve().name) if wanted else None
+    args.push_to_hub = False  # or the trainer would push its checkpoints
+    if is_done(folder, "train", key):
+        log.info("train: done before")
+    elif applied:
+        _apply(config, args, data, probed, folder, key)
+    else:
+        _train(config, args, data, probed, folder, key)
+
+    def publish() -> None:
+        if repo:
+            url = hub.push(folder / "model", repo, args)
+            log.info("train: pushed, %s", url)
+            finish(folder, "push", key, {"repository": repo, "commit": url})
+
+    return publish
+
+
+def _train(
+    config: RunConfig,
+    args: UnlearnConfig,
+    data: list[Pair] | Unpaired,
+    probed: list[tuple[str, bool]],
+    folder: Path,
+    key: str,
+) -> None:
+    check_model(config)
+    lora, merged = lora_of(config)
+    method = build_method(config.method)
+    scorer = load_scorer(config.monitor.scorer) if args.eval_strategy != "no" else None
+    started = time.monotonic()
+    model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
+    model_digest = weights_digest(model)
+    monitor = None
+    if scorer and (watched := monitor_data(config, args, tokenizer)):
+        plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
+        path = folder / "checkpoints.jsonl" if is_main_process() else None
+        about = {"run": folder.name, "model": config.model, "method": method.name}
+        monitor = Monitor(model, tokenizer, watched, plan, scorer, path, about)
+    set_seed(args.seed)
+    if config.lora is not None:
+        model = add_lora(model, config.revision, **lora)
+    stop = StopOnInterrupt()
+    checkpoints = Path(args.output_dir)  # type: ignore[arg-type]
+    with args.main_process_first(desc="checkpoints"):
+        forget_others(checkpoints, key)
+    callbacks = [stop, Mark(checkpoints, key)]
+    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=callbacks, measure=monitor, probe_data=probed)
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint:
+        log.info("train: going on from %s", checkpoint)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
+        )
+    if merged:
+        trainer.model = merge(trainer.model)
+    if not is_main_process():
+        trainer.save_model(str(folder / "model"))  # gives its part
+        return
+    with whole(folder / "model") as temporary:
+        trainer.save_model(str(temporary))
+    write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
+    facts = {
+        "reference_sha256": model_digest,
+        **_data_facts(config.data, data, trainer),
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    finish(folder, "train", key, facts)
+
+
+def _apply(
+    config: RunConfig,
+    args: UnlearnConfig,
+    data: list[Pair] | Unpaired,
+    probed: list[tuple[str, bool]],
+    folder: Path,
+    key: str,
+) -> None:
+    """In place of training, for a method that is fitted; one process does it."""
+    if not is_main_process():
+        return
+    check_model(config)
+    started = time.monotonic()
+    model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
+    model_digest = weights_digest(model)
+    set_seed(args.seed)
+    corpus = None
+    if config.monitor.corpus and config.method.get("match_perplexity"):
+        check_unreported(config, "corpus")
+        corpus = load_corpus(config.monitor.corpus)
+
+    def perplexity() -> float:
+        found = text_windows(model, tokenizer, str(corpus), config.monitor.tokens)
+        return math.exp(found.nll.sum() / found.tokens.sum())
+
+    about = fit_and_apply(
+        model,
+        tokenizer,
+        build_method(config.method),
+        data,
+        probed,
+        perplexity if corpus else None,
+        args.max_prompt_tokens,
+        args.max_continuation_tokens,
+    )
+    with whole(folder / "model") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    facts = {
+        "reference_sha256": model_digest,
+        **({"probe": {"source": config.data.probe, "n": len(probed), "sha256": digest_all(probed)}} if probed else {}),
+        **({"data": {"n": len(data), "sha256": _hash(data)}} if data else {}),
+        "steps": 0,
+        "applied": about,
+        "seed": args.seed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    finish(folder, "train", key, facts)
+
+
+def _data_facts(sources: DataConfig, data: list[Pair] | Unpaired, trainer: UnlearnTrainer) -> dict[str, Any]:
+    """What was trained on and what of it did not fit."""
+    if not isinstance(data, Unpaired):
+        cut: Any = trainer.truncation
+        counts = {"n": len(trainer.rows), "sha256": _hash(data), "truncation": dataclasses.asdict(cut)}
+        return {"pairs": {"source": sources.train, **counts}}
+    return {
+        side: {
+            "source": getattr(sources, side),
+            "n": len(trainer.rows.sides[side]),  # type: ignore[union-attr]
+            "sha256": _hash(getattr(data, side)),
+            "truncation": dataclasses.asdict(trainer.truncation[side]),  # type: ignore[index]
+        }
+        for side in ("forget", "retain")
+    }
+
+
+def _hash(data: Sequence[Pair] | Sequence[Text] | Unpaired) -> str:
+    if isinstance(data, Unpaired):
+        return digest([_hash(data.forget), _hash(data.retain)])
+    return digest_all(list(vars(row).values()) for row in data)
