@@ -88,7 +88,7 @@ class Bench:
         tokenizer: Any = self.had.tokenizer
         return {
             "expunge": version("expunge"),
-            "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+            "tokenizer": digest(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()),
             "measured": digest_all([self.measured]),
             "plan": self.plan,
             "scorers": [(scorer.name, scorer.digest) for scorer in self.scorers],  # in order: the first is the judge
@@ -99,7 +99,7 @@ class Bench:
         """What an attack needs and no more, so that what it does not see makes no case another; and a hash of it."""
         if (key := frozenset(needs)) not in self._given:
             part = self.had.only(key)
-            unseen = ("tokenizer", "score", "plan", "room")  # of these `about` knows but the last
+            unseen = ("tokenizer", "score", "plan", "room")  # `about` knows these; room follows from it and the subject
             seen = [field.name for field in dataclasses.fields(part) if field.name not in unseen]
             self._given[key] = part, digest_all(getattr(part, name) for name in seen)
         return self._given[key]

@@ -135,8 +135,8 @@ def compare(entries: Sequence[Entry], columns: Mapping[str, Wanted], head: str =
             groups.append((reference, [entry]))
     lines = []
     for reference, members in groups:
-        rows = (row for entry in members for rows in entry.runs for row in rows)
-        group = next((row.model for row in rows if row.subject == "reference" and row.model), None) or "runs"
+        rows = (row for entry in members for run in entry.runs for row in run if reference and row.subject == "reference")
+        group = next((row.model for row in rows if row.model), "runs")
         if reference:
             cells = [reference.get(name, Cell()) for name in columns]
             lines.append(Line(group, "reference" if len(groups) == 1 else f"reference ({group})", "", (*cells, Cell())))
