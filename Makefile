@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+UV := $(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --constraint constraints.txt
+# Modules are compiled once, by whoever imports them first, and not again in every process.
+export PYTHONDONTWRITEBYTECODE :=
 # Large blocks stay with the process instead of going back to the system at every step: a quarter faster on a CPU.
 FAST := MALLOC_TOP_PAD_=1073741824 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
@@ -12,10 +15,11 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acqui
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# pip knows where a machine keeps its CPU build of torch; uv installs the rest in a quarter of pip's time
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-compile torch==2.13.0 uv
+	$(UV) --editable '.[dev]'
 	# liger is an oracle in tests; without its dependency, Triton, which serves accelerators only
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps liger-kernel
+	$(UV) --no-deps liger-kernel
 	touch $@
 
 demo: $(INSTALLED)

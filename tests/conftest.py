@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and pairs, made on the spot: nothing is downloaded, and every text is harmless."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,11 @@ from transformers import (
 )
 
 from expunge.data import Pair
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # accelerate collects garbage after every training, among all that is imported
+
 
 VOCABULARY = 320
 CORPUS = [

@@ -8,7 +8,6 @@ smaller numbers (CUTS), in a folder with the files that the pages name (`furnish
 import ast
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import io
 import itertools
@@ -97,7 +96,7 @@ def prose(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer) -> Iterator[Path]:
+def world(tmp_path_factory, tokenizer) -> Path:
     """A tiny model that has room for real text, tiny copies of data sets, and scores that Perspective would give."""
     folder = tmp_path_factory.mktemp("world")
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -124,9 +123,7 @@ def world(tmp_path_factory, tokenizer) -> Iterator[Path]:
     cache = ScoreCache(folder / "perspective.jsonl")
     for record in TEXTS:
         cache.add(content_key(f"{URL} {LANGUAGE}", record["text"]), dict.fromkeys(ATTRIBUTES, 0.25))
-    gc.freeze()  # accelerate collects garbage after every training, among all that is imported
-    yield folder
-    gc.unfreeze()
+    return folder
 
 
 SIDES = [("river", "calm", "wild"), ("house", "warm", "empty"), ("tree", "green", "bare")]
@@ -159,6 +156,10 @@ def furnish(folder: Path, world: Path, page: str) -> None:
         write(folder / f"{name}.jsonl", lines(PAIRS))
     for name, records in {"prompts": PROMPTS, "tuning": PROMPTS, "texts": TEXTS, "chats": [chat(p) for p in PAIRS]}.items():
         write(folder / f"{name}.jsonl", lines(records))
+    labelled = [
+        {"text": pair["prompt"] + pair[side], "label": n} for pair in PAIRS for n, side in enumerate(("chosen", "rejected"))
+    ]
+    write(folder / "labelled.jsonl", lines(labelled))
     write(folder / "good.jsonl", lines(TEXTS))
     write(folder / "bad.jsonl", lines([{"text": f"The {thing} is {bad}."} for thing, _, bad in SIDES]))
     measured = {"samples": 1, "prompts": 2, "max_new_tokens": 2, "perplexity_tokens": 500}
@@ -196,6 +197,8 @@ def small(words: list[str]) -> list[str]:
     """The same command on a tiny model with smaller numbers, into a folder of its own unless the page names one."""
     command = words[0] if words else ""
     more = list(CUTS.get(command, ()))
+    if "pplm" in words:  # its probe is fitted on the states of thousands of texts
+        more += ["--probe-data", "labelled.jsonl"]
     if command in ("run", "train", "doctor", "generate") and not {"--model", "-m"} & set(words):
         more += ["--model", "gpt2"]
     if command in ("run", "train", "evaluate") and not {"--out", "-o"} & set(words):

@@ -1,7 +1,6 @@
 """What holds of every method that works on states, whatever its loss: layouts, splits, what is trained, resumed runs."""
 
 import copy
-import gc
 import json
 
 import pytest
@@ -92,13 +91,6 @@ def test_the_mean_over_micro_batches_is_that_of_one_batch(moved, request, kind, 
 
 
 # --- with the trainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    gc.freeze()  # accelerate collects garbage after every training, among all that is imported
-    yield
-    gc.unfreeze()
 
 
 SETS = Unpaired([Text("", f"f {i}" + " a b" * (1 + i % 3)) for i in range(7)], [Text("", f"r {i}" + " d") for i in range(5)])
