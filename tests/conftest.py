@@ -17,11 +17,6 @@ from transformers import (
 
 from expunge.data import Pair
 
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # accelerate collects garbage after every training, among all that is imported
-
-
 VOCABULARY = 320
 CORPUS = [
     "The river runs past the old mill and on to the sea.",
@@ -131,3 +126,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
             )
 
     return make
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # accelerate collects garbage after every training, among all that is imported
