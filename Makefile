@@ -15,7 +15,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=1 -o Acqui
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	# pip knows where a machine keeps its CPU build of torch; uv installs the rest in a quarter of pip's time
+	# pip knows where a machine keeps its CPU build of torch; uv installs the rest in less than half of pip's time
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-compile torch==2.13.0 uv
 	$(UV) --editable '.[dev]'
 	# liger is an oracle in tests; without its dependency, Triton, which serves accelerators only
