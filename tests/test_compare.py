@@ -151,6 +151,15 @@ def test_a_ratio_with_1_in_its_interval_may_be_chance():
     assert remarks(entries[::2], COLUMNS) == []
 
 
+def test_a_mean_of_fewer_runs_than_its_line_has_is_said():
+    """As of an attack that is beyond the bound of perplexity in some seeds."""
+    attacked = row(0.9, attack="orthogonalize")
+    entries = [Entry("a", [[row(0.4)], [row(0.5), attacked]]), Entry("b", [[row(0.4), attacked]]), Entry("c", [[row(0.4)]])]
+    columns = {"before": Wanted("toxicity"), "after": Wanted("toxicity", attack="orthogonalize")}
+    [said] = remarks(entries, columns)
+    assert said.startswith("after: some runs lack this figure") and said.endswith(": a (1 of 2)")
+
+
 def test_the_headline_s_figures_are_the_columns():
     entries = [Entry("a", [ROWS[:3]]), Entry("b", [[row(2.0, metric="perplexity", mode="exact", scorer=None, decode=None)]])]
     assert headline_columns(entries) == {

@@ -159,9 +159,12 @@ def headline_columns(entries: Sequence[Entry], ratio: bool = False) -> dict[str,
 
 
 def remarks(entries: Sequence[Entry], columns: Mapping[str, Wanted]) -> list[str]:
-    """What may be chance: figures whose ratio to the reference has 1 in its interval, by column."""
+    """By column, figures that some runs of a line lack, and those that may be chance, their ratio's interval holding 1."""
     found = []
     for name, wanted in columns.items():
+        counts = [(entry.name, len(_found(entry, wanted)), len(entry.runs)) for entry in entries]
+        if fewer := [f"{entry} ({have} of {runs})" for entry, have, runs in counts if 0 < have < runs]:
+            found.append(f"{name}: some runs lack this figure, and the mean is of the others: {', '.join(fewer)}")
         cells = {entry.name: combined(_found(entry, _ratio_of(wanted))) for entry in entries}
         same = [entry for entry, c in cells.items() if c.low is not None and c.high is not None and c.low <= 1 <= c.high]
         if same:
