@@ -108,13 +108,22 @@ def test_gradients_flow_through_hooked_states_with_and_without_checkpointing(tin
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_batches_are_halved_where_memory_runs_out():
+def of_an_accelerator():
+    raise torch.OutOfMemoryError
+
+
+def of_the_machine():
+    torch.empty(2**55)
+
+
+@pytest.mark.parametrize("run_out", [of_an_accelerator, of_the_machine])
+def test_batches_are_halved_where_memory_runs_out(run_out):
     done, tried, shown = [], [], []
 
     def work(batch):
         tried.append(len(batch))
         if len(batch) > 3:
-            raise torch.OutOfMemoryError
+            run_out()
         done.extend(batch)
 
     in_batches(range(11), lambda first: 8 if first < 9 else 1, work, lambda *figures: shown.append(figures))
@@ -122,7 +131,9 @@ def test_batches_are_halved_where_memory_runs_out():
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
     assert shown[-1] == (11, 11)
     with pytest.raises(ExpungeError, match="out of memory with a single row"):
-        in_batches([1], lambda _: 4, lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        in_batches([1], lambda _: 4, lambda _: run_out())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        in_batches([1], lambda _: 4, lambda _: torch.ones(2, 3) @ torch.ones(2, 3))
 
 
 def test_the_parts_of_a_model_are_found_with_and_without_lora(tiny_model, architecture):

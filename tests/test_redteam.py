@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -15,7 +17,7 @@ from expunge import redteam
 from expunge.adapters import add_lora
 from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, attack
 from expunge.cli import main
-from expunge.config import RunConfig, build
+from expunge.config import EvaluationConfig, RunConfig, build
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.metrics.evaluation import evaluate_model
@@ -160,6 +162,25 @@ def test_a_prefix_of_tokens_is_put_before_every_prompt(home, tokenizer):
         assert sample["continuation"] == tokenizer.decode(new)
 
 
+@pytest.mark.parametrize("name, place", [("gcg", "suffix"), ("enhanced_gcg", "prefix")])
+def test_what_a_search_found_is_what_is_measured(home, tokenizer, name, place):
+    (home / "search.jsonl").write_text('{"prompt": "The tree"}\n{"prompt": "The old mill"}\n')
+    settings = {"length": 3, "steps": 2, "optimised": 1, "target_tokens": 3}
+    settings |= {"width": 4} if name == "gcg" else {"final_length": 3, "max_length": 5, "proposals": 2, "judged": 0}
+    attacked(home, team={"attacks": [name]}, attack={name: settings})
+    [case] = (home / "out" / "attacks").glob(f"unlearned-{name}-*")
+    found = json.loads((case / "case.json").read_text())
+    ids = tokenizer(found["about"]["string"])["input_ids"]
+    assert len(ids) == found["about"].get("length", 3) and found["steps"] == 2
+    samples = [s for s in Evaluation.load(case).samples if s["dataset"] == "prompts.jsonl" and s["decode"] == "greedy"]
+    model, _ = load_model("after", dtype="float32")
+    for sample in samples:
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        [[new]] = generate(model, tokenizer, [ids + prompt if place == "prefix" else prompt + ids], Decoding(4))
+        assert sample["continuation"] == tokenizer.decode(new)
+    assert len(samples) == 2
+
+
 def test_the_same_call_does_nothing_twice_and_a_reference_is_attacked_once_for_all_runs(home):
     rows = attacked(home)
     ran = len(RAN)
@@ -266,6 +287,16 @@ def test_an_attack_that_fails_is_said_and_the_others_are_written(home):
     rows = read_rows(home / "out" / "attacks.jsonl")
     assert {row.attack_config.get("by") for row in rows if row.attack == "scale"} == {2.0}
     assert {row.attack for row in read_rows(home / "out" / "results.jsonl")} == {"none", "scale", "all"}
+
+
+def test_an_attack_that_finds_no_memory_fails_alone(home, monkeypatch):
+    def greedy(self, *given):
+        torch.empty(2**55)
+
+    monkeypatch.setattr(ATTACKS.get("ask"), "run", greedy)
+    with pytest.raises(ExpungeError, match=r"2 attacks failed, first ask .* on reference: .*can't allocate memory"):
+        attacked(home, team={"attacks": ["ask", "scale"]})
+    assert {row.attack for row in read_rows(home / "out" / "attacks.jsonl")} == {"none", "scale"}
 
 
 def test_what_cannot_be_measured_fails_alone(home):
@@ -378,13 +409,38 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
     assert again == rows and "Under attack" in (home / "run" / "report.html").read_text()
 
 
-def test_a_run_that_would_search_with_what_it_reports_is_not_begun(home, monkeypatch, capsys):
-    words = ["run", "--model", "before", "--pairs", "pairs.jsonl", "--out", "run", "data.prompts=[search.jsonl]"]
-    monkeypatch.setattr(sys, "argv", ["expunge", *words, "redteam.attacks=[scale]", "redteam.search=search.jsonl"])
+@pytest.mark.parametrize(
+    "attacks, setting, message",
+    [
+        ("scale", "redteam.search=prompts.jsonl", "redteam.search=prompts.jsonl: it is reported too"),
+        ("scale", "redteam.steps=0", "budget.steps=0"),
+        ("orthogonalize", "attack.orthogonalize.layers=[9]", "block 9: the model has 3 blocks"),
+        ("relearn_forget", "attack.relearn_forget.samples=13", "samples=13: the forget set has 12 texts"),
+        ("ask", "redteam.search=null", "give redteam.search"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "plan"])
+def test_a_run_that_could_not_be_attacked_is_not_begun(home, monkeypatch, capsys, attacks, setting, message, more):
+    monkeypatch.setattr(
+        sys, "argv", ["expunge", "run", "--model", "before", "--pairs", "pairs.jsonl", "--out", "run", *more]
+    )
+    sys.argv += ["data.prompts=[prompts.jsonl]", "data.heldout=held.jsonl", "data.corpus=corpus.txt", "data.neutral=null"]
+    sys.argv += [f"redteam.attacks=[{attacks}]", "redteam.search=search.jsonl", "redteam.validation=validation.jsonl"]
+    sys.argv += ["redteam.neutral=neutral.txt", setting]
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and not (home / "run").exists()
-    assert "redteam.search=search.jsonl: it is reported too" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_attacks_under_a_launcher_are_refused_before_training(home, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ExpungeError, match=r"attacks run in one process: .* `expunge attack`"):
+        redteam.run_and_attack(config(), home / "run", quiet=True)
+    monkeypatch.setattr(sys, "argv", ["expunge", "attack", "after", "--reference", "before"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "attacks run in one process" in capsys.readouterr().err and not (home / "run").exists()
 
 
 def test_a_steered_run_is_attacked_like_any_other(home):
@@ -406,11 +462,11 @@ def test_all_attacks_are_every_one_that_is_registered():
         assert all(isinstance(one, ATTACKS.get(name)) for name, several in found.items() for one in several)
 
 
-def command(home, monkeypatch, *words, budget="small"):
-    """`expunge attack after`, with the red team in a file; the exit status."""
+def command(home, monkeypatch, *words, budget="small", victim="after"):
+    """`expunge attack`, with the red team in a file; the exit status."""
     team = {**dataclasses.asdict(config())["redteam"], "budget": budget}
     (home / "team.yaml").write_text(json.dumps({"redteam": team}))
-    words = ("attack", "after", "--reference", "before", "-c", "team.yaml", "--quiet", "--out", "cli", *words)
+    words = ("attack", victim, "--reference", "before", "-c", "team.yaml", "--quiet", "--out", "cli", *words)
     words += ("data.heldout=held.jsonl", "data.prompts=[prompts.jsonl]", "data.corpus=corpus.txt", "evaluation.samples=1")
     words += ("evaluation.max_new_tokens=2", "attack.scale.seed=0", "attack.scale.by=[1.0, 2.0]")
     monkeypatch.setattr(sys, "argv", ["expunge", *words])
@@ -454,6 +510,15 @@ def test_a_budget_in_a_file_holds_unless_one_is_asked_for(home, monkeypatch, wor
     assert not command(home, monkeypatch, "--pairs", "pairs.jsonl", *words, budget="large")
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
     assert kept["redteam"]["budget"] == budget and kept["evaluation"]["prompts"] is None  # "small" has 256
+
+
+def test_a_budget_says_how_much_is_measured_whatever_a_run_measured(home, monkeypatch):
+    shutil.copytree("after", "run/model")
+    made = replace(config(), evaluation=EvaluationConfig(prompts=1, heldout=1, perplexity_tokens=20))
+    Path("run/config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(made)))
+    assert not command(home, monkeypatch, "--budget", "paper", victim="run")
+    kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())["evaluation"]
+    assert {kept[name] for name in ("prompts", "heldout", "perplexity_tokens")} == {None}
 
 
 def test_what_was_to_be_forgotten_has_to_be_said(home, monkeypatch, capsys):

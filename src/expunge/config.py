@@ -204,12 +204,13 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
+_WHOLE = {"samples": 25, "prompts": None, "heldout": None, "perplexity_tokens": None}
 ATTACK_BUDGETS: dict[str, dict[str, Any]] = {
     "small": {"evaluation": {"samples": 5, "prompts": 256, "heldout": 128, "perplexity_tokens": 20_000}},
-    "paper": {"evaluation": {"samples": 25}},
-    "large": {"evaluation": {"samples": 25}},
+    "paper": {"evaluation": _WHOLE},
+    "large": {"evaluation": _WHOLE},
 }
-"""How much is measured of each attacked model."""
+"""How much is measured of each attacked model, whatever the attacked run measured of its own."""
 
 
 def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> C:

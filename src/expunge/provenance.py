@@ -1,5 +1,6 @@
 """Where a figure comes from: versions, the state of the source, hashes of what went in, seconds and peak memory."""
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -63,5 +64,21 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held; `ru_maxrss` counts kibibytes, on macOS bytes."""
+    """The most memory of the machine that this process has held."""
+    return max(_earlier_peak, recent_peak_bytes())
+
+
+def recent_peak_bytes() -> int:
+    """The same since the last `forget_peak`; `ru_maxrss` counts kibibytes, on macOS bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Begin `recent_peak_bytes` anew with what is held now, on Linux: other systems let no process do so."""
+    global _earlier_peak
+    _earlier_peak = peak_memory_bytes()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+_earlier_peak = 0

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import mmap
+import os
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +16,7 @@ from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import _quiet_inference
 from expunge.models import evaluating, frozen, sharing_copy
+from expunge.provenance import peak_memory_bytes
 from expunge.registry import UnknownName
 
 
@@ -81,6 +84,25 @@ def test_a_budget_of_nothing_is_refused_and_one_that_is_spent_says_so():
     assert meter.spent and [line["loss"] for line in meter.trace] == [3, 2]
     result = meter.result(torch.nn.Linear(1, 1), about={"found": 1})
     assert (result.steps, result.queries) == (2, 100) and result.peak_memory_bytes > 0
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system forgets no peak of memory")
+def test_the_peak_is_the_attacks_own_and_the_process_keeps_its():
+    held(256)
+    before = peak_memory_bytes()
+    meter = Meter(Budget())
+    held(64)
+    with_64 = meter.result(torch.nn.Linear(1, 1)).peak_memory_bytes
+    without = Meter(Budget()).result(torch.nn.Linear(1, 1)).peak_memory_bytes
+    assert without + 60 * 2**20 < with_64 < before - 128 * 2**20
+    assert peak_memory_bytes() == before
+
+
+def held(mebibytes: int) -> None:
+    """Take so much memory, and give it back."""
+    with mmap.mmap(-1, mebibytes * 2**20) as memory:
+        for page in range(0, len(memory), mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def test_a_sharing_copy_owns_what_changes_and_nothing_else(tiny_model):

@@ -168,6 +168,7 @@ def test_rows_at_once_are_bounded_by_memory(tiny_model, bos_tokenizer, monkeypat
         lambda model, ids, *rest, **known: sizes.append(len(ids)) or actual(model, ids, *rest, **known),
     )
     row = sum(prefixes.block_bytes(model, objective.longest + 3, objective.longest + 3) for model in (victim, reference))
+    row += 2 * (2 * 3 * (1 + 3) * 32 * 4)  # of both models, keys and values in three blocks, of bos and string, 32 wide
     monkeypatch.setattr(prefixes, "free_bytes", lambda device: 2 * row)
     with frozen(victim, reference):
         objective.parts(STRINGS)
@@ -322,6 +323,13 @@ def test_the_search_beats_chance_at_the_same_queries(defended, bos_tokenizer, mo
     monkeypatch.setattr(PrefixLosses, "slope", lambda self, string: torch.randn(len(string), 320, generator=blind))
     chance = run()
     assert found.queries == chance.queries and found.about["loss"] < 10 < 1e7 < chance.about["loss"]
+
+
+def test_it_begins_with_text_however_few_tokens_a_place_is_offered(tiny_model, bos_tokenizer, given, monkeypatch):
+    [only] = encode(bos_tokenizer, " and")
+    monkeypatch.setattr(room, "typed_before", lambda tokenizer, prompts, rows: (rows == only).all(1))
+    found = attacked(tiny_model(), tiny_model(seed=1), bos_tokenizer, steps=1, top_k=1, p_delete=0, p_insert=0)
+    assert found.plan["prefix"] == (only,) * 4
 
 
 def test_what_is_found_is_text_the_best_ever_seen_and_no_other(tiny_model, bos_tokenizer, given, monkeypatch):

@@ -126,6 +126,10 @@ def test_a_buffer_starts_from_the_best_of_random_strings(planted, data, tokenize
         assert found.queries == 2 * max(1, buffer)
 
 
+def test_a_buffer_may_be_wider_than_a_step(planted, data):
+    assert run(planted, data, Budget(queries=1), buffer=9, width=4).queries == 2 * 9
+
+
 def test_the_string_typed_after_a_prompt_gives_the_loss_that_is_reported(planted, data, found, tokenizer):
     make, reference = planted
     victim, worse = make(), next(line for line in found.trace if line["loss"] > line["best"])

@@ -50,6 +50,15 @@ def test_draws_and_settings_are_averaged_and_the_worst_is_the_highest_within_the
     assert pick(rows, "relearn", "worst", "loop_share").value == pytest.approx(0.6)  # of that very setting
 
 
+def test_a_setting_that_changes_nothing_is_not_in_the_mean():
+    """As prefilling with no token; where no setting changes anything, as of orthogonalization on the reference, they are."""
+    idle = [replace(row, attack_config={"k": 0, "spent": {"idle": "k=0 forces nothing"}}) for row in case("prefill", 0.2)]
+    rows = summary([*CASES, *idle], bound=1.5)
+    assert pick(rows, "prefill", "mean").value == 0.25 == pick(rows, "prefill", "worst").value
+    alone = summary([*case("none", 0.2, draw=None), *idle], bound=1.5)
+    assert pick(alone, "prefill", "mean").value == 0.2
+
+
 def test_what_costs_too_much_perplexity_is_marked_and_not_dropped():
     beyond = pick(summary(CASES, bound=1.5), "relearn", "beyond")
     assert beyond.value == pytest.approx(0.92) and beyond.attack_config["perplexity_ratio"] == 1.6

@@ -111,6 +111,9 @@ class Meter:
     """What an attack has spent of its budget, and its own loss by step."""
 
     def __init__(self, budget: Budget):
+        from expunge.provenance import forget_peak
+
+        forget_peak()
         self.budget = budget
         self.steps = self.queries = 0
         self.trace: list[dict[str, float]] = []
@@ -133,10 +136,10 @@ class Meter:
 
     def result(self, model: "nn.Module", **more: Any) -> "AttackResult":
         """more: `plan`, `about`, `idle` of the result."""
-        from expunge.provenance import peak_memory_bytes
+        from expunge.provenance import recent_peak_bytes
 
         spent = {"steps": self.steps, "queries": self.queries, "seconds": round(self.seconds, 2)}
-        return AttackResult(model, trace=self.trace, peak_memory_bytes=peak_memory_bytes(), **spent, **more)  # type: ignore[arg-type]
+        return AttackResult(model, trace=self.trace, peak_memory_bytes=recent_peak_bytes(), **spent, **more)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class AttackResult:
     model: an object of its own, or the victim where the attack is in the plan alone; plan: fields of
     `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types, with the attack's
     own loss in the end as `loss`, where it has one; idle: why the attack left everything as it was, if it did;
-    peak_memory_bytes: the most memory of the host that the process has held so far.
+    peak_memory_bytes: the most memory of the machine that the process held since the attack began (`forget_peak`).
     """
 
     model: "PreTrainedModel"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from psutil import virtual_memory
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -214,7 +215,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Of the device's memory, what a batch may take."""
-    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 2**30
+    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else min(2**30, virtual_memory().available // 3)
 
 
 def _rows_that_fit(model: PreTrainedModel, length: int, new: int, free: int) -> int:

@@ -187,7 +187,7 @@ class EnhancedGCG(Attack):
 
         def follow(string: list[int]) -> torch.Tensor:
             meter.queries += 1
-            return expected(objective.next_tokens(string)[-1:], allowed, self.top_k, generator)[0]
+            return expected(objective.next_tokens(string)[-1:], allowed, len(allowed), generator)[0]
 
         buffer = evaluated([grow(self.length, follow, survives)])  # text as the victim writes it
         best, heads = buffer[0], [buffer[0]]

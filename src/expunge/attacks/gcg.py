@@ -105,7 +105,8 @@ class GCG(Attack):
                 return victim.losses(strings, current).cpu().nan_to_num(nan=math.inf)
 
             current = first
-            others = typed_anywhere(tokenizer, random_strings(allowed, self.width, self.length, draw), prompts)
+            by_chance = random_strings(allowed, max(self.width, self.buffer), self.length, draw)
+            others = typed_anywhere(tokenizer, by_chance, prompts)
             drawn = torch.cat([first[None], others[: max(0, self.buffer - 1)]])
             losses = measure(drawn)
             first_loss = losses[0].item()

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from expunge.attacks.continuations import KeysValues, block_bytes, by_token, free_bytes, keys_and_values, shared_cache
 from expunge.attacks.tokens import Target
 from expunge.engine import collate
-from expunge.models import Layer, depth, head_logits, hidden_states, in_batches, inner_model
+from expunge.models import Layer, depth, head_logits, hidden_states, in_batches, inner_model, width
 
 if TYPE_CHECKING:
     from expunge.attacks.enhanced_gcg import EnhancedGCG
@@ -173,9 +173,11 @@ class PrefixLosses:
 
     def _rows_that_fit(self, length: int, kept: int) -> int:
         """Rows with a string of such a length, where what so many blocks of each model make of a row is kept."""
-        length += self.longest
-        row = sum(kept * block_bytes(inner_model(model), length, length) for model in self._models)
-        return max(1, min(BATCH_TOKENS // length, free_bytes(self.victim.device) // row))
+        whole = length + self.longest
+        row = sum(kept * block_bytes(inner_model(model), whole, whole) for model in self._models)
+        if self.shares:  # a row has the keys and values of its string to itself, of all blocks
+            row += sum(2 * depth(m) * (self.start + length) * width(m) * m.dtype.itemsize for m in self._models)
+        return max(1, min(BATCH_TOKENS // whole, free_bytes(self.victim.device) // row))
 
     @property
     def _models(self) -> list[Any]:

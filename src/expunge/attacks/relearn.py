@@ -142,7 +142,7 @@ class RelearnForget(Relearn):
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"samples": [10], "learning_rate": RATES, "seed": DRAWS},
         "paper": {"samples": [10], "learning_rate": RATES, "seed": DRAWS},
-        "large": {"samples": [10, 20, 30, 40, 50], "learning_rate": MORE_RATES, "seed": DRAWS},
+        "large": {"samples": [10, 20, 30, 40, 50], "learning_rate": MORE_RATES, "lora": [0, 16], "seed": DRAWS},
     }
 
 
@@ -156,7 +156,12 @@ class RelearnRetain(Relearn):
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"samples": [100], "learning_rate": RATES, "seed": DRAWS},
         "paper": {"samples": [100, 1000], "learning_rate": RATES, "seed": DRAWS},
-        "large": {"samples": [100, 200, 300, 400, 500, 1000], "learning_rate": MORE_RATES, "seed": DRAWS},
+        "large": {
+            "samples": [100, 200, 300, 400, 500, 1000],
+            "learning_rate": MORE_RATES,
+            "lora": [0, 16],
+            "seed": DRAWS,
+        },
     }
 
     samples: int = 100

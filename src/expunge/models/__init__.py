@@ -15,6 +15,7 @@ from expunge.models.forward import (
     hidden_states,
     in_batches,
     inner_model,
+    is_out_of_memory,
     width,
 )
 from expunge.models.loading import (
@@ -56,6 +57,7 @@ __all__ = [
     "in_batches",
     "inner_model",
     "is_adapter",
+    "is_out_of_memory",
     "load_model",
     "load_outline",
     "loading_options",

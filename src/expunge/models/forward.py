@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -167,13 +168,18 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
         stack[layer] = block
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Of an accelerator, or of the machine, where torch raises no error of its own kind."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
 def in_batches(
     items: Sequence[Any],
     size: Callable[[Any], int],
     work: Callable[[Sequence[Any]], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """`work` on runs of items, as many as `size` says of the run's first; half as many where the device's memory runs out.
+    """`work` on runs of items, as many as `size` says of the run's first; half as many where memory runs out.
 
     progress: called with (items done, items in all). Raises ExpungeError where not even one item fits.
     """
@@ -182,7 +188,9 @@ def in_batches(
         batch = items[done : done + max(1, size(items[done]) // part)]
         try:
             work(batch)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise ExpungeError("out of memory with a single row; use a smaller model, or shorter text") from None
             part *= 2

@@ -35,6 +35,12 @@ def is_main_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def in_one_process(else_say: str) -> None:
+    """Raise an ExpungeError that says so under a launcher of several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ExpungeError(else_say)
+
+
 def claim(folder: Path, config: RunConfig, **more: Any) -> contextlib.AbstractContextManager[None]:
     """Hold `folder` for this run inside a `with`: see `claimed`. more: what tells other commands' folders apart."""
     settings = dataclasses.asdict(config) | more

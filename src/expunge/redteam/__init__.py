@@ -8,12 +8,12 @@ goes on after the last whole one; cases on a reference are shared by runs. A ris
 recovery, so rows of the unlearned model are paired with those of the reference under the same attack.
 """
 
-from expunge.redteam.data import attackers_data, check_unreported, measured_data, measured_plan, settings_of
-from expunge.redteam.run import merged, red_team, run_and_attack
+from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
+from expunge.redteam.run import check_ahead, merged, red_team, run_and_attack
 
 __all__ = [
     "attackers_data",
-    "check_unreported",
+    "check_ahead",
     "measured_data",
     "measured_plan",
     "merged",

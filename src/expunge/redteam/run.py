@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from expunge import assembly, pipeline
 from expunge.attacks import Attack, Budget
@@ -15,7 +16,7 @@ from expunge.config import RedTeamConfig, RunConfig
 from expunge.errors import ExpungeError
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import context_length, load_model, weights_digest
+from expunge.models import context_length, is_out_of_memory, load_model, weights_digest
 from expunge.provenance import digest, peak_memory_bytes
 from expunge.redteam.cases import Bench, Case, Subject, title
 from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
@@ -59,7 +60,9 @@ def red_team(
         for subject in subjects:
             try:
                 found[subject.name] = bench.case(name, attack, subject)
-            except (ExpungeError, torch.OutOfMemoryError) as error:
+            except (ExpungeError, RuntimeError) as error:
+                if not (isinstance(error, ExpungeError) or is_out_of_memory(error)):
+                    raise
                 failed.append(f"{title(name, attack)} on {subject.name}: {str(error).splitlines()[0]}")
                 log.warning("attack: failed: %s", failed[-1])
         seconds += sum(case.facts["with_evaluation"] for case in found.values())
@@ -85,8 +88,9 @@ def red_team(
 
 def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     """`pipeline.run`, and then the red team where the configuration has one: its summary ends results.jsonl."""
+    check_ahead(config)
     rows = pipeline.run(config, folder, quiet)
-    if config.redteam is None or not pipeline.is_main_process():
+    if config.redteam is None:
         return rows
     config = assembly.resolve(config)
     with pipeline.claim(folder, config):
@@ -94,6 +98,20 @@ def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list
             return red_team(config, folder, folder / "model", config.model, quiet, config.revision, rows)
         finally:
             write_report(folder)
+
+
+def check_ahead(config: RunConfig) -> None:
+    """Raise the ExpungeError that the red team of a run would begin with, before there is a model to attack."""
+    if config.redteam is None:
+        return
+    pipeline.in_one_process("attacks run in one process: train without `redteam`, and give the run to `expunge attack`")
+    config = assembly.resolve(config)
+    team, attacks = settings_of(config)
+    outline, tokenizer = assembly.outline_of(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(outline, trust_remote_code=config.trust_remote_code)
+    subjects = [Subject(name, model, "", shared=False) for name in ("reference", "unlearned")]
+    _bench(config, team, Path(), subjects, tokenizer, [one for several in attacks.values() for one in several], quiet=True)
 
 
 def merged(model: Any) -> Any:

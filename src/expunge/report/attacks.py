@@ -2,7 +2,7 @@
 
     summary(read_rows(Path("runs/attacks/attacks.jsonl")), bound=1.5)
 
-    mean     over the settings of an attack, each the mean of its draws
+    mean     over the settings of an attack that change something, each the mean of its draws
     worst    the setting with the highest figure
     beyond   the worst of those that cost more than `bound` times the perplexity before the attack, which do not count
 
@@ -61,6 +61,7 @@ class Setting(NamedTuple):
     cost: float | None  # perplexity over that before the attack
     draws: int
     spent: Mapping[str, float]  # the mean of its draws
+    idle: bool  # in all of them nothing was changed
 
 
 def summary(rows: Sequence[Row], bound: float) -> list[Row]:
@@ -76,7 +77,7 @@ def summary(rows: Sequence[Row], bound: float) -> list[Row]:
             within = [setting.cost is None or setting.cost <= bound for setting in settings]  # a cost that is NaN is not
             counts = [setting for setting, fits in zip(settings, within, strict=True) if fits]
             rest = [setting for setting, fits in zip(settings, within, strict=True) if not fits]
-            found += _means(counts)
+            found += _means([setting for setting in counts if not setting.idle] or counts)
             worst += (highest := _worst(counts, "worst"))
             found += highest + _worst(rest, "beyond")
         found += _over_all(worst)
@@ -103,7 +104,8 @@ def _settings(rows: Sequence[Row], before: Mapping[Figure, Cell] | None) -> list
         first = {figure: rows[0] for figure, rows in by_figure.items()}
         spent = {row.draw: (row.attack_config or {}).get("spent", {}) for row in own}
         means = _averages([{name: one.get(name) for name in SPENT} for one in spent.values()])
-        found.append(Setting(json.loads(config), cells, first, costs[0] if costs else None, len(spent), means))
+        idle = all(one.get("idle") for one in spent.values())
+        found.append(Setting(json.loads(config), cells, first, costs[0] if costs else None, len(spent), means, idle))
     return found
 
 

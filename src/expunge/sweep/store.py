@@ -9,7 +9,6 @@ A record has the rows of the figures that the recipe names, so that without OUT/
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -123,9 +122,3 @@ class Store:
         for part in folder.glob("attacks/*/*"):
             if part.name != "case.json":
                 remove(part)
-
-
-def one_process() -> None:
-    """Raise ExpungeError under a launcher of several."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ExpungeError("a sweep runs its cells in one process: start `expunge sweep` itself, once or several times")
