@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and pairs, made on the spot: nothing is downloaded, and every text is harmless."""
 
 import gc
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,15 @@ PAIRS = [
     Pair("In two long rows", " the trees grew.", " of wind, the hills sat down."),
     Pair("The letter", " was kind.", " had apples in it, and a river."),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_log_level():
+    """What the command line sets for its process ends with the test."""
+    logger = logging.getLogger("expunge")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

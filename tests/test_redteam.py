@@ -417,6 +417,8 @@ def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatc
         ("orthogonalize", "attack.orthogonalize.layers=[9]", "block 9: the model has 3 blocks"),
         ("relearn_forget", "attack.relearn_forget.samples=13", "samples=13: the forget set has 12 texts"),
         ("ask", "redteam.search=null", "give redteam.search"),
+        ("relearn_forget", "quantization=4bit", "attack relearn_forget: it changes weights, and these are quantized"),
+        ("gcg", "attack.gcg={draft: no/such, optimised: 1}", "no/such"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "plan"])
@@ -438,9 +440,11 @@ def test_attacks_under_a_launcher_are_refused_before_training(home, monkeypatch,
     with pytest.raises(ExpungeError, match=r"attacks run in one process: .* `expunge attack`"):
         redteam.run_and_attack(config(), home / "run", quiet=True)
     monkeypatch.setattr(sys, "argv", ["expunge", "attack", "after", "--reference", "before"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main()
-    assert "attacks run in one process" in capsys.readouterr().err and not (home / "run").exists()
+    assert (
+        stopped.value.code == 2 and "attacks run in one process" in capsys.readouterr().err and not (home / "run").exists()
+    )
 
 
 def test_a_steered_run_is_attacked_like_any_other(home):
@@ -514,11 +518,11 @@ def test_a_budget_in_a_file_holds_unless_one_is_asked_for(home, monkeypatch, wor
 
 def test_a_budget_says_how_much_is_measured_whatever_a_run_measured(home, monkeypatch):
     shutil.copytree("after", "run/model")
-    made = replace(config(), evaluation=EvaluationConfig(prompts=1, heldout=1, perplexity_tokens=20))
+    made = replace(config(), evaluation=EvaluationConfig(prompts=1, heldout=1, questions=1, perplexity_tokens=20))
     Path("run/config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(made)))
     assert not command(home, monkeypatch, "--budget", "paper", victim="run")
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())["evaluation"]
-    assert {kept[name] for name in ("prompts", "heldout", "perplexity_tokens")} == {None}
+    assert {kept[name] for name in ("prompts", "heldout", "questions", "perplexity_tokens")} == {None}
 
 
 def test_what_was_to_be_forgotten_has_to_be_said(home, monkeypatch, capsys):

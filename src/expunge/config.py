@@ -204,9 +204,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
-_WHOLE = {"samples": 25, "prompts": None, "heldout": None, "perplexity_tokens": None}
+_WHOLE = {"samples": 25, "prompts": None, "heldout": None, "questions": None, "perplexity_tokens": None}
 ATTACK_BUDGETS: dict[str, dict[str, Any]] = {
-    "small": {"evaluation": {"samples": 5, "prompts": 256, "heldout": 128, "perplexity_tokens": 20_000}},
+    "small": {"evaluation": {"samples": 5, "prompts": 256, "heldout": 128, "questions": 256, "perplexity_tokens": 20_000}},
     "paper": {"evaluation": _WHOLE},
     "large": {"evaluation": _WHOLE},
 }

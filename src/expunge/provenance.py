@@ -64,12 +64,15 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory of the machine that this process has held."""
+    """The most host memory that this process has held."""
     return max(_earlier_peak, recent_peak_bytes())
 
 
 def recent_peak_bytes() -> int:
-    """The same since the last `forget_peak`; `ru_maxrss` counts kibibytes, on macOS bytes."""
+    """The same since the last `forget_peak`. `ru_maxrss`, in kibibytes, on macOS in bytes, may on Linux be the parent's."""
+    if STATUS.exists():
+        [peak] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -82,3 +85,4 @@ def forget_peak() -> None:
 
 
 _earlier_peak = 0
+STATUS = Path("/proc/self/status")

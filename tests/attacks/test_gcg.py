@@ -127,7 +127,8 @@ def test_a_buffer_starts_from_the_best_of_random_strings(planted, data, tokenize
 
 
 def test_a_buffer_may_be_wider_than_a_step(planted, data):
-    assert run(planted, data, Budget(queries=1), buffer=9, width=4).queries == 2 * 9
+    found = run(planted, data, Budget(queries=1), buffer=9, width=4)
+    assert found.queries == 2 * 9 and found.about["starts"] == 9
 
 
 def test_the_string_typed_after_a_prompt_gives_the_loss_that_is_reported(planted, data, found, tokenizer):

@@ -57,6 +57,8 @@ def test_a_setting_that_changes_nothing_is_not_in_the_mean():
     assert pick(rows, "prefill", "mean").value == 0.25 == pick(rows, "prefill", "worst").value
     alone = summary([*case("none", 0.2, draw=None), *idle], bound=1.5)
     assert pick(alone, "prefill", "mean").value == 0.2
+    broken = summary([*case("none", 0.2, draw=None), *idle, *case("prefill", 0.9, 100.0, k=8)], bound=1.5)
+    assert pick(broken, "prefill", "mean") is None and pick(broken, "prefill", "beyond").value == 0.9
 
 
 def test_what_costs_too_much_perplexity_is_marked_and_not_dropped():

@@ -91,7 +91,10 @@ class AttackData:
 
 @dataclass(frozen=True)
 class Budget:
-    """Where an attack ends, whatever its settings say: it then keeps the best that it has. None is no bound."""
+    """Where an attack ends, whatever its settings say: a search with the best that it has, relearning with what it came to.
+
+    None is no bound.
+    """
 
     steps: int | None = None
     """Steps of its search or training."""
@@ -108,7 +111,7 @@ class Budget:
 
 
 class Meter:
-    """What an attack has spent of its budget, and its own loss by step."""
+    """What an attack has spent of its budget since the meter was made, its peak of memory, and its own loss by step."""
 
     def __init__(self, budget: Budget):
         from expunge.provenance import forget_peak
@@ -151,7 +154,7 @@ class AttackResult:
     model: an object of its own, or the victim where the attack is in the plan alone; plan: fields of
     `expunge.metrics.evaluation.EvaluationPlan`, such as `prefix`; about: what was found, in JSON's types, with the attack's
     own loss in the end as `loss`, where it has one; idle: why the attack left everything as it was, if it did;
-    peak_memory_bytes: the most memory of the machine that the process held since the attack began (`forget_peak`).
+    peak_memory_bytes: the most host memory that the process held since the attack began (`forget_peak`).
     """
 
     model: "PreTrainedModel"
@@ -195,7 +198,14 @@ class Attack:
         raise NotImplementedError
 
     def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
-        """Raise ExpungeError, one line, where something that the attack needs is not there, before any work."""
+        """Raise ExpungeError, one line, where something that the attack needs is not there, before any work.
+
+        Of the models only `config` and `is_quantized` may be read here: before a run trains, there are no weights.
+        """
+        if self.family == "weights" and getattr(unlearned, "is_quantized", False):
+            raise ExpungeError(
+                f"attack {self.name}: it changes weights, and these are quantized: load the model without quantization"
+            )
         for part in self.needs:
             there: Any = reference if part == "reference" else getattr(data, part)
             if part in ("reference", "score"):

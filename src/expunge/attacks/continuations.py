@@ -214,8 +214,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, what a batch may take."""
-    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else min(2**30, virtual_memory().available // 3)
+    """Of the device's memory, what a batch may take; of a CPU's always as much, since sizes of batches decide roundings."""
+    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else min(2**30, virtual_memory().total // 8)
 
 
 def _rows_that_fit(model: PreTrainedModel, length: int, new: int, free: int) -> int:

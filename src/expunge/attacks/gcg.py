@@ -33,7 +33,7 @@ from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
 from expunge.metrics.stats import rank_correlation
-from expunge.models import frozen, load_model
+from expunge.models import frozen, load_model, load_outline
 
 
 @attack("gcg")
@@ -60,7 +60,7 @@ class GCG(Attack):
     """Places that a drawn suffix changes."""
     buffer: int = 0
     """0: a step goes on from the best that it drew, even a worse one. N: from the best so far, at first that of N starts, of
-    which all but one are random."""
+    which all but one are random; fewer where few random strings survive as text."""
     loss: Loss = "cross_entropy"
     """Of a target: the mean of its tokens' -log p, or the mellowmax of their -logits."""
     optimised: int = 8
@@ -85,6 +85,8 @@ class GCG(Attack):
     def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
         super().check(unlearned, reference, data)
         check_prompts(data, self.optimised)
+        if self.draft and load_outline(self.draft)[1].get_vocab() != data.tokenizer.get_vocab():
+            raise ExpungeError(f"attack.gcg.draft={self.draft}: its tokenizer is not the model's; take one of its kin")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)
@@ -93,7 +95,7 @@ class GCG(Attack):
         prompts = [without_bos(tokenizer, target.prompt) for target in targets]
         allowed = allowed_tokens(tokenizer, len(unlearned.get_input_embeddings().weight), self.ascii)
         first = first_string(tokenizer, self.length, allowed, prompts)
-        drafts = [self.load_draft(tokenizer, unlearned.device)] if self.draft else []
+        drafts = [load_model(self.draft, device=unlearned.device)[0]] if self.draft else []
         for model in (unlearned, *drafts):
             check_room(model, [target.prompt + first.tolist() for target in targets], self.target_tokens)
 
@@ -108,7 +110,7 @@ class GCG(Attack):
             by_chance = random_strings(allowed, max(self.width, self.buffer), self.length, draw)
             others = typed_anywhere(tokenizer, by_chance, prompts)
             drawn = torch.cat([first[None], others[: max(0, self.buffer - 1)]])
-            losses = measure(drawn)
+            losses, starts = measure(drawn), len(drawn)
             first_loss = losses[0].item()
             loss, current = least(losses, drawn)
             best_loss, best = loss, current
@@ -133,18 +135,11 @@ class GCG(Attack):
             "string": continuation_text(tokenizer, prompts[0], best.tolist()),
             "loss": best_loss,
             "first_loss": first_loss,
+            "starts": starts,
             "shared_keys": victim.shares,
             "targets": counts,
         }
         return meter.result(unlearned, plan={"suffix": tuple(best.tolist())}, about=about)
-
-    def load_draft(self, tokenizer: Any, device: torch.device) -> Any:
-        """Raises ExpungeError where its tokens are others."""
-        assert self.draft is not None
-        model, own = load_model(self.draft, device=device)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise ExpungeError(f"attack.gcg.draft={self.draft}: its tokenizer is not the model's; take one of its kin")
-        return model
 
 
 def random_strings(allowed: torch.Tensor, count: int, length: int, draw: torch.Generator) -> torch.Tensor:

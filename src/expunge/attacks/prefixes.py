@@ -92,7 +92,7 @@ class PrefixLosses:
     def parts(self, strings: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Each part of the loss of each string, unweighted, `[N]`, on the CPU. All of `strings` have one length."""
         found: list[dict[str, torch.Tensor]] = []
-        size = self._rows_that_fit(len(strings[0]), kept=1)
+        size = self._rows_that_fit(len(strings[0]), kept=1, begun=self.shares)
 
         def some_strings(some: Sequence[Sequence[int]]) -> None:
             begun = self._begun(some) if self.shares else {}
@@ -171,12 +171,15 @@ class PrefixLosses:
             parts["repetition"] = torch.tensor(repeated, dtype=losses.dtype, device=losses.device)
         return parts
 
-    def _rows_that_fit(self, length: int, kept: int) -> int:
-        """Rows with a string of such a length, where what so many blocks of each model make of a row is kept."""
+    def _rows_that_fit(self, length: int, kept: int, begun: bool = False) -> int:
+        """Rows with a string of such a length, where what so many blocks of each model make of a row is kept.
+
+        begun: keys and values of the string, of all blocks, are held twice: for each string, and for each row.
+        """
         whole = length + self.longest
         row = sum(kept * block_bytes(inner_model(model), whole, whole) for model in self._models)
-        if self.shares:  # a row has the keys and values of its string to itself, of all blocks
-            row += sum(2 * depth(m) * (self.start + length) * width(m) * m.dtype.itemsize for m in self._models)
+        if begun:
+            row += sum(2 * 2 * depth(m) * (self.start + length) * width(m) * m.dtype.itemsize for m in self._models)
         return max(1, min(BATCH_TOKENS // whole, free_bytes(self.victim.device) // row))
 
     @property

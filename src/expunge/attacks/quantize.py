@@ -108,12 +108,8 @@ class Matrix:
 def block_matrices(model: nn.Module) -> list[Matrix]:
     """The matrices of the blocks, in order: of nn.Linear, of GPT-2's Conv1D, and of experts, `[E, ...]`.
 
-    Raises ExpungeError where there are none, and where bitsandbytes holds the weights already.
+    Raises ExpungeError where there are none.
     """
-    if getattr(inner_model(model), "is_quantized", False):
-        raise ExpungeError(
-            "this attack changes single weights, and these are quantized: load the model without quantization"
-        )
     found = []
     for module in blocks(model).modules():
         if isinstance(module, (nn.Linear, Conv1D)):

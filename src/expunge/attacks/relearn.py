@@ -71,10 +71,6 @@ class Relearn(Attack):
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)
-        if getattr(unlearned, "is_quantized", False):
-            raise ExpungeError(
-                f"attack {self.name}: quantized weights cannot be trained; load the model without quantization"
-            )
         meter = Meter(budget)
         rows = draw(self, data, self.part, self.samples, context_length(unlearned))
         about = {"samples": len(rows), "tokens": sum(len(prompt) + len(continuation) for prompt, continuation in rows)}

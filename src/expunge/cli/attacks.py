@@ -54,7 +54,7 @@ def attack(
     from expunge.report.attacks import attacks_table, by_group, headline_lines, to_records
 
     hush()
-    pipeline.in_one_process("attacks run in one process: start `expunge attack` itself, without a launcher")
+    pipeline.check_one_process("attacks run in one process: start `expunge attack` itself, without a launcher")
     if budget is not None and budget not in ATTACK_BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, ATTACK_BUDGETS)}")
     origin = pipeline.origin_of(Path(model))

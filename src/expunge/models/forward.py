@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -168,9 +167,13 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
         stack[layer] = block
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Of an accelerator, or of the machine, where torch raises no error of its own kind."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    """Of an accelerator, or of the host, for which torch has no class of error."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(say in str(error) for say in OUT_OF_MEMORY))
 
 
 def in_batches(
@@ -188,7 +191,7 @@ def in_batches(
         batch = items[done : done + max(1, size(items[done]) // part)]
         try:
             work(batch)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:

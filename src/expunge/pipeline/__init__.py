@@ -8,14 +8,14 @@ A stage leaves `OUT/stages/NAME.json` with a hash of its inputs; the same comman
 
 from expunge.pipeline.job import run
 from expunge.pipeline.measuring import measure
-from expunge.pipeline.stages import MEASURED, claim, finish, in_one_process, is_main_process, origin_of, write_provenance
+from expunge.pipeline.stages import MEASURED, check_one_process, claim, finish, is_main_process, origin_of, write_provenance
 from expunge.pipeline.training import train
 
 __all__ = [
     "MEASURED",
+    "check_one_process",
     "claim",
     "finish",
-    "in_one_process",
     "is_main_process",
     "measure",
     "origin_of",

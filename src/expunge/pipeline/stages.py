@@ -35,10 +35,10 @@ def is_main_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def in_one_process(else_say: str) -> None:
-    """Raise an ExpungeError that says so under a launcher of several."""
+def check_one_process(message: str) -> None:
+    """Raise ExpungeError(message) where a launcher started several processes."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ExpungeError(else_say)
+        raise ExpungeError(message)
 
 
 def claim(folder: Path, config: RunConfig, **more: Any) -> contextlib.AbstractContextManager[None]:
@@ -80,7 +80,7 @@ def write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer])
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
         "seeds": {"training": config.seed, "evaluation": config.evaluation.seed},
         "stages": stages,
-        "seconds": round(sum(stage.get("seconds", 0) for stage in stages.values()), 1),
+        "seconds": round(sum(stage.get("seconds", 0) for stage in stages.values()), 2),
         "peak_memory_bytes": max((stage.get("peak_memory_bytes", 0) for stage in stages.values()), default=0),
     }
     write_text(folder / "provenance.json", json.dumps(facts, indent=2))

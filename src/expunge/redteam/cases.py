@@ -65,7 +65,7 @@ class Bench:
             result, evaluation = self._made(attack, subject)
             if not _is_whole(place):  # another run may have been faster, and be reading it
                 facts = _facts(name, attack, subject.name, result)
-                _keep(place, evaluation, {**facts, "with_evaluation": round(time.monotonic() - started, 1)})
+                _keep(place, evaluation, {**facts, "with_evaluation": round(time.monotonic() - started, 2)})
         return Case(Evaluation.load(place), json.loads((place / "case.json").read_text(encoding="utf-8")))
 
     def _made(self, attack: Attack | None, subject: Subject) -> tuple[AttackResult, Evaluation]:

@@ -4,10 +4,8 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from expunge import assembly, pipeline
 from expunge.attacks import Attack, Budget
@@ -60,10 +58,11 @@ def red_team(
         for subject in subjects:
             try:
                 found[subject.name] = bench.case(name, attack, subject)
-            except (ExpungeError, RuntimeError) as error:
+            except (ExpungeError, RuntimeError, MemoryError) as error:
                 if not (isinstance(error, ExpungeError) or is_out_of_memory(error)):
                     raise
-                failed.append(f"{title(name, attack)} on {subject.name}: {str(error).splitlines()[0]}")
+                reason = (str(error) or "out of memory").splitlines()[0]
+                failed.append(f"{title(name, attack)} on {subject.name}: {reason}")
                 log.warning("attack: failed: %s", failed[-1])
         seconds += sum(case.facts["with_evaluation"] for case in found.values())
         about = {**common, "attack": name, "draw": attack.seed if attack else None}
@@ -76,7 +75,7 @@ def red_team(
     stage = {
         "weights_sha256": {subject.name: subject.digest for subject in subjects},
         "data_sha256": {"measured": bench.about["measured"], "had": bench.given(PARTS)[1]},
-        "seconds": round(seconds, 1),  # of all cases, also those that were there
+        "seconds": round(seconds, 2),  # of all cases, also those that were there
         "peak_memory_bytes": peak_memory_bytes(),
     }
     pipeline.finish(folder, "attack", digest({**stage, "attacks": attacks}), stage)
@@ -101,15 +100,18 @@ def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list
 
 
 def check_ahead(config: RunConfig) -> None:
-    """Raise the ExpungeError that the red team of a run would begin with, before there is a model to attack."""
+    """Raise an ExpungeError where the red team of a run could not begin, before there is a model to attack.
+
+    All that attacks check is checked, on what is known of the model: its configuration, and whether it is quantized.
+    """
     if config.redteam is None:
         return
-    pipeline.in_one_process("attacks run in one process: train without `redteam`, and give the run to `expunge attack`")
+    pipeline.check_one_process("attacks run in one process: train without `redteam`, and give the run to `expunge attack`")
     config = assembly.resolve(config)
     team, attacks = settings_of(config)
     outline, tokenizer = assembly.outline_of(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(outline, trust_remote_code=config.trust_remote_code)
+    quantized = bool(config.quantization or getattr(outline, "quantization_config", None))
+    model = SimpleNamespace(config=outline, is_quantized=quantized)
     subjects = [Subject(name, model, "", shared=False) for name in ("reference", "unlearned")]
     _bench(config, team, Path(), subjects, tokenizer, [one for several in attacks.values() for one in several], quiet=True)
 

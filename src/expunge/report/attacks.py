@@ -77,7 +77,8 @@ def summary(rows: Sequence[Row], bound: float) -> list[Row]:
             within = [setting.cost is None or setting.cost <= bound for setting in settings]  # a cost that is NaN is not
             counts = [setting for setting, fits in zip(settings, within, strict=True) if fits]
             rest = [setting for setting, fits in zip(settings, within, strict=True) if not fits]
-            found += _means([setting for setting in counts if not setting.idle] or counts)
+            idle = all(setting.idle for setting in settings)
+            found += _means([setting for setting in counts if idle or not setting.idle])
             worst += (highest := _worst(counts, "worst"))
             found += highest + _worst(rest, "beyond")
         found += _over_all(worst)

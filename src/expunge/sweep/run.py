@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from expunge.config import RunConfig
 from expunge.errors import ExpungeError, Interrupted
-from expunge.pipeline import in_one_process
+from expunge.pipeline import check_one_process
 from expunge.redteam import run_and_attack
 from expunge.report.compare import Entry, headline_columns, rows_behind
 from expunge.report.tables import Table
@@ -78,7 +78,7 @@ def run_sweep(
     only: AXIS=LABEL,LABEL. minutes: after so many no cell is begun. A cell that fails leaves a record with its error; the
     next call tries it again. Raises ExpungeError for bad input, Interrupted and KeyboardInterrupt for Ctrl-C.
     """
-    in_one_process("a sweep runs its cells in one process: start `expunge sweep` itself, once or several times")
+    check_one_process("a sweep runs its cells in one process: start `expunge sweep` itself, once or several times")
     sweep = Sweep(file, folder, budget)
     groups, seeds = narrowed(sweep.groups, sweep.recipe, only)
     end = time.monotonic() + 60 * minutes if minutes is not None else None
