@@ -38,12 +38,9 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True)
-def own_log_level():
-    """What the command line sets for its process ends with the test."""
-    logger = logging.getLogger("expunge")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def plain_log_level():
+    """What the command line set for its process, in a test before or a fixture of a module, is undone."""
+    logging.getLogger("expunge").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
