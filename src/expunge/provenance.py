@@ -26,6 +26,10 @@ PACKAGES = (
 )
 
 
+STATUS = Path("/proc/self/status")
+_earlier_peak = 0  # that was forgotten since
+
+
 def digest(thing: Any) -> str:
     """Hex sha256 of anything made of dataclasses, mappings, sequences and scalars."""
     return hashlib.sha256(json.dumps(thing, sort_keys=True, default=_plain).encode()).hexdigest()
@@ -70,9 +74,9 @@ def peak_memory_bytes() -> int:
 
 def recent_peak_bytes() -> int:
     """The same since the last `forget_peak`. `ru_maxrss`, in kibibytes, on macOS in bytes, may on Linux be the parent's."""
-    if STATUS.exists():
-        [peak] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(peak.split()[1]) * 1024
+    for line in STATUS.read_text().splitlines() if STATUS.exists() else []:
+        if line.startswith("VmHWM:"):  # which some containers leave out
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -82,7 +86,3 @@ def forget_peak() -> None:
     _earlier_peak = peak_memory_bytes()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-_earlier_peak = 0
-STATUS = Path("/proc/self/status")

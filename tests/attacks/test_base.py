@@ -4,12 +4,14 @@ import copy
 import importlib
 import mmap
 import os
+import resource
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from expunge import provenance
 from expunge.attacks import ATTACKS, Attack, AttackData, Budget, Meter, attack, cases
 from expunge.attacks.tokens import Target
 from expunge.data import Text
@@ -96,6 +98,15 @@ def test_the_peak_is_the_attacks_own_and_the_process_keeps_its():
     without = Meter(Budget()).result(torch.nn.Linear(1, 1)).peak_memory_bytes
     assert without + 48 * 2**20 < with_64 < before - 128 * 2**20
     assert peak_memory_bytes() == before
+
+
+@pytest.mark.parametrize("status", [None, "Name: python\nVmRSS: 1 kB\n"], ids=["no /proc", "no VmHWM"])
+def test_where_the_system_tells_no_peak_it_is_that_of_the_resources(tmp_path, monkeypatch, status):
+    if status:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(provenance, "STATUS", tmp_path / "status")
+    known = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert provenance.recent_peak_bytes() in (known, known * 1024)
 
 
 def held(mebibytes: int) -> None:

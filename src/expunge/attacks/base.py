@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_tra
 
 from expunge.config import at_least, convert, hold_fields
 from expunge.errors import ExpungeError
+from expunge.provenance import forget_peak, recent_peak_bytes
 from expunge.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:  # names are listed and completed without waiting for torch
@@ -114,8 +115,6 @@ class Meter:
     """What an attack has spent of its budget since the meter was made, its peak of memory, and its own loss by step."""
 
     def __init__(self, budget: Budget):
-        from expunge.provenance import forget_peak
-
         forget_peak()
         self.budget = budget
         self.steps = self.queries = 0
@@ -139,8 +138,6 @@ class Meter:
 
     def result(self, model: "nn.Module", **more: Any) -> "AttackResult":
         """more: `plan`, `about`, `idle` of the result."""
-        from expunge.provenance import recent_peak_bytes
-
         spent = {"steps": self.steps, "queries": self.queries, "seconds": round(self.seconds, 2)}
         return AttackResult(model, trace=self.trace, peak_memory_bytes=recent_peak_bytes(), **spent, **more)  # type: ignore[arg-type]
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from expunge.cli.printing import json_line, print_rows
 from expunge.cli.runs import doctor, evaluate, report, run, train
 from expunge.cli.sweeps import compare, sweep
 from expunge.cli.texts import generate, score
-from expunge.errors import ExpungeError, Interrupted
+from expunge.errors import ExpungeError, Interrupted, is_out_of_memory
 from expunge.listing import LISTINGS, shown
 from expunge.registry import did_you_mean
 
@@ -94,7 +93,7 @@ def main() -> None:
         _complain("stopped")
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
         _complain(f"out of memory ({reason}): `expunge doctor` says what a run takes, and what would make it smaller")

@@ -45,11 +45,10 @@ def run(
 ) -> None:
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
-    from expunge.redteam import check_ahead, run_and_attack, settings_of
+    from expunge.redteam import check_ahead, run_and_attack
 
     hush()
     settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
-    settings_of(settings)  # complain before any work
     if dry_run:
         check_ahead(settings)
         _print_plan(settings, output, as_json)

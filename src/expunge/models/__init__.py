@@ -15,7 +15,6 @@ from expunge.models.forward import (
     hidden_states,
     in_batches,
     inner_model,
-    is_out_of_memory,
     width,
 )
 from expunge.models.loading import (
@@ -57,7 +56,6 @@ __all__ = [
     "in_batches",
     "inner_model",
     "is_adapter",
-    "is_out_of_memory",
     "load_model",
     "load_outline",
     "loading_options",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, is_out_of_memory
 
 Layer = int | Literal["final", "pre_norm"]
 """A residual state: l in 0..L-1 is the stream entering block l (0 = embeddings), "pre_norm" the last block's raw
@@ -167,15 +167,6 @@ def _stop_before(stack: nn.ModuleList, layer: int) -> Iterator[None]:
         stack[layer] = block
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of an accelerator, or of the host, for which torch has no class of error."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(say in str(error) for say in OUT_OF_MEMORY))
-
-
 def in_batches(
     items: Sequence[Any],
     size: Callable[[Any], int],
@@ -191,7 +182,7 @@ def in_batches(
         batch = items[done : done + max(1, size(items[done]) // part)]
         try:
             work(batch)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:

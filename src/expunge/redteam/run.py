@@ -11,10 +11,10 @@ from expunge import assembly, pipeline
 from expunge.attacks import Attack, Budget
 from expunge.attacks.base import PARTS
 from expunge.config import RedTeamConfig, RunConfig
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import context_length, is_out_of_memory, load_model, weights_digest
+from expunge.models import context_length, load_model, weights_digest
 from expunge.provenance import digest, peak_memory_bytes
 from expunge.redteam.cases import Bench, Case, Subject, title
 from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
@@ -58,7 +58,7 @@ def red_team(
         for subject in subjects:
             try:
                 found[subject.name] = bench.case(name, attack, subject)
-            except (ExpungeError, RuntimeError, MemoryError) as error:
+            except Exception as error:
                 if not (isinstance(error, ExpungeError) or is_out_of_memory(error)):
                     raise
                 reason = (str(error) or "out of memory").splitlines()[0]
@@ -103,12 +103,13 @@ def check_ahead(config: RunConfig) -> None:
     """Raise an ExpungeError where the red team of a run could not begin, before there is a model to attack.
 
     All that attacks check is checked, on what is known of the model: its configuration, and whether it is quantized.
+    Without a red team it is names and settings of attacks alone.
     """
+    team, attacks = settings_of(config)
     if config.redteam is None:
         return
     pipeline.check_one_process("attacks run in one process: train without `redteam`, and give the run to `expunge attack`")
     config = assembly.resolve(config)
-    team, attacks = settings_of(config)
     outline, tokenizer = assembly.outline_of(config)
     quantized = bool(config.quantization or getattr(outline, "quantization_config", None))
     model = SimpleNamespace(config=outline, is_quantized=quantized)
