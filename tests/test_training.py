@@ -317,8 +317,11 @@ def test_what_two_sets_cannot_be_is_one_line(tiny_model, tokenizer, tmp_path):
         UnlearnTrainer(tiny_model(), REPO(), config(tmp_path, max_continuation_tokens=80), long, tokenizer)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, lora):
+KEEN = REPO(ensemble=2, extra_steps=2, restart=2)
+
+
+@pytest.mark.parametrize(("method", "lora"), [(REPO(), False), (REPO(), True), (KEEN, False)], ids=["full", "lora", "keen"])
+def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, method, lora):
     def fresh():
         if not lora:
             return tiny_model()
@@ -326,11 +329,11 @@ def test_a_resumed_run_is_bit_identical(tmp_path, tiny_model, trained, lora):
         return add_lora(tiny_model(), r=4)
 
     plan = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}  # 2 steps an epoch: resumes within one
-    whole = trained(REPO(), fresh(), output_dir=str(tmp_path / "whole"), **plan)
-    trained(REPO(), fresh(), [StopAt(4)], output_dir=str(tmp_path / "cut"), **plan)
+    whole = trained(method, fresh(), output_dir=str(tmp_path / "whole"), **plan)
+    trained(method, fresh(), [StopAt(4)], output_dir=str(tmp_path / "cut"), **plan)
     checkpoint = last_checkpoint(tmp_path / "cut")
     assert checkpoint.name in ("checkpoint-3", "checkpoint-4")
-    resumed = trained(REPO(), fresh(), output_dir=str(tmp_path / "cut"), resume=str(checkpoint), **plan)
+    resumed = trained(method, fresh(), output_dir=str(tmp_path / "cut"), resume=str(checkpoint), **plan)
     assert resumed.state.global_step == 7
     for one, other in ((whole.model, resumed.model), (whole.heads, resumed.heads)):
         for name, tensor in one.state_dict().items():

@@ -8,8 +8,8 @@ D sits behind a gradient-reversal layer, so one joint step descends for phi and 
     REPO(weight=0.2, width=256)
 """
 
-import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from expunge.losses import domain_bce, reverse_gradient, segment_means
 from expunge.losses.likelihood import Direction
 from expunge.methods.base import Method, check, method
+from expunge.methods.discriminator import Upkeep, build, members
 
 if TYPE_CHECKING:
     from expunge.engine import Step
@@ -54,6 +55,14 @@ class REPO(Method):
     """Positions that D judges. The prompt's states are the same on both sides and can only dilute."""
     ramp: bool = False
     """Raise lambda from 0 as DANN does: lambda (2 / (1 + exp(-10 p)) - 1), p the share of training done."""
+    ensemble: int = 1
+    """Discriminators side by side; the loss is their mean."""
+    extra_steps: int = 0
+    """Further steps of each discriminator on the states of every batch, before the model is pushed by it."""
+    extra_rate: float = 1e-3
+    """Adam's learning rate in these steps, > 0."""
+    restart: int = 0
+    """Start a discriminator anew, each in turn, after every so many optimizer steps; 0 is never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,17 +71,28 @@ class REPO(Method):
         check(self.depth >= 0, "repo", "depth", self.depth, "0 (linear) or more hidden layers")
         check(self.layer in ("final", "pre_norm") or self.layer >= 0, "repo", "layer", self.layer, "0 or more")
         check(self.segment >= 0, "repo", "segment", self.segment, "1 or more tokens, or 0 for all")
+        check(self.ensemble >= 1, "repo", "ensemble", self.ensemble, "at least 1 discriminator")
+        check(self.extra_steps >= 0, "repo", "extra_steps", self.extra_steps, "0 or more steps")
+        check(self.extra_rate > 0, "repo", "extra_rate", self.extra_rate, "a number > 0")
+        check(self.restart >= 0, "repo", "restart", self.restart, "0 (never) or more steps")
 
     @property
     def layers(self) -> "tuple[Layer, ...]":
         return ("final",) if self.layer == "final" else ("final", self.layer)
 
     def heads(self, width: int) -> dict[str, nn.Module]:
-        sizes = [width] + [self.width] * self.depth
-        stack: list[nn.Module] = [] if self.layer == "final" else [nn.LayerNorm(width, elementwise_affine=False)]
-        for wide, narrow in itertools.pairwise(sizes):
-            stack += [nn.Linear(wide, narrow), nn.ReLU()]
-        return {"discriminator": nn.Sequential(*stack, nn.Linear(sizes[-1], 1))}
+        heads = build(width, self.width, self.depth, self.ensemble, normed=self.layer != "final")
+        if self.extra_steps or self.restart:
+            heads["upkeep"] = Upkeep(heads, seed=torch.initial_seed() % 2**31)
+        return heads
+
+    @property
+    def observes(self) -> Sequence[str]:
+        return ("discriminator_bce",) if self.restart else ()
+
+    def after_step(self, heads: Mapping[str, nn.Module], figures: Mapping[str, float]) -> Mapping[str, float]:
+        heads["upkeep"].advance(members(heads), self.restart)  # type: ignore[operator]
+        return {}
 
     def pressure(self, progress: float) -> float:
         return self.weight * (2 / (1 + math.exp(-10 * progress)) - 1) if self.ramp else self.weight
@@ -81,18 +101,44 @@ class REPO(Method):
         losses = {"anchor": step.token_kl("retain", self.anchor_on, self.kl)}
         if "anchor" in step.sides:
             losses["anchor_text"] = step.token_kl("anchor", "all", self.kl)
-        discriminator = step.heads["discriminator"]
-        logits, masks = {}, {}
+        discriminators = members(dict(step.heads.items()))
+        states, masks = {}, {}
         for side in ("retain", "forget"):
-            states = reverse_gradient(step.hidden(side, self.layer), self.pressure(step.progress))
-            with torch.autocast(states.device.type, enabled=False):  # D averages and decides in fp32, also under bf16
-                states = states.to(_dtype(discriminator))
-                states, masks[side] = segment_means(states, step.mask(side, self.erase_on), self.segment)
-                logits[side] = discriminator(states).squeeze(-1)
+            raw = reverse_gradient(step.hidden(side, self.layer), self.pressure(step.progress))
+            with torch.autocast(raw.device.type, enabled=False):  # D averages and decides in fp32, also under bf16
+                raw = raw.to(_dtype(step.heads["discriminator"]))
+                states[side], masks[side] = segment_means(raw, step.mask(side, self.erase_on), self.segment)
+        with torch.autocast(states["forget"].device.type, enabled=False):
+            self._practise(step, discriminators, states, masks)
+            logits = {
+                side: torch.cat([judge(found) for judge in discriminators.values()]).squeeze(-1)
+                for side, found in states.items()
+            }  # [E B, S]: the members' rows below each other
+        masks = {side: mask.repeat(self.ensemble, 1) for side, mask in masks.items()}
         shares = {side: step.share(side, self.erase_on, self.segment) for side in logits}
         losses["erase"] = domain_bce(logits, masks, shares)
         _log_decisions(step, logits, masks)
         return losses
+
+    def _practise(
+        self,
+        step: "Step",
+        discriminators: Mapping[str, nn.Module],
+        states: Mapping[str, torch.Tensor],
+        masks: Mapping[str, torch.Tensor],
+    ) -> None:
+        """The steps that discriminators take by themselves on this batch, in training only."""
+        if not (self.extra_steps and torch.is_grad_enabled()):
+            return
+        seen = {side: found.detach() for side, found in states.items()}
+        for name, judge in discriminators.items():
+            for _ in range(self.extra_steps):
+                step.heads["upkeep"].practise(  # type: ignore[operator]
+                    name,
+                    judge,
+                    lambda judge=judge: domain_bce({side: judge(found).squeeze(-1) for side, found in seen.items()}, masks),
+                    self.extra_rate,
+                )
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
