@@ -166,11 +166,12 @@ class _Step:
         kl = F.kl_div(self.logits.log_softmax(-1), log_probs, reduction="none", log_target=True).sum()
         total, cache = self.past + states[:, -1].float().detach(), _with(self.plain, _tensors(self.plain))
         probs = log_probs.exp()
-        for _ in range(self.recipe.horizon):
+        for step in range(self.recipe.horizon):
             soft = (probs.to(self.table.dtype) @ self.table)[:, None]
             states, cache = _run(self.model, cache, inputs_embeds=soft)
             total = total + states[:, -1].float()
-            probs = head_logits(self.model, states[:, -1]).float().softmax(-1)
+            if step + 1 < self.recipe.horizon:
+                probs = head_logits(self.model, states[:, -1]).float().softmax(-1)
         mean = total / (self.length + 1 + self.recipe.horizon)
         loss = F.softplus(-self.probe.logit(mean)).sum() + self.recipe.kl_scale * kl  # rows do not meet in it
         gradients = torch.autograd.grad(loss, moves)
