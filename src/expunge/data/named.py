@@ -55,6 +55,8 @@ NAMED = (
     NamedSet("builtin-validation", "pairs", "the same, for tuning", OWN, asset="pairs/validation.jsonl"),
     NamedSet("builtin-pplm", "pairs", "PPLM's continuations of the built-in model, training pairs", OWN,
              asset="pairs/pplm.jsonl"),
+    NamedSet("builtin-pplm-wikipedia", "pairs", "the same after sentences of WikiText-2, which are read from its train split",
+             OWN, asset="pairs/pplm-wikipedia.jsonl"),
     NamedSet("paradetox", "pairs", "toxic sentences and rewrites; the prompt is what both begin with", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
     NamedSet("pair-toxicity", "pairs", "PPLM pairs of Lee et al. 2024, yours: pair-toxicity:PATH", "ajyl/dpo_toxic's"),

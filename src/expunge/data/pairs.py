@@ -16,6 +16,7 @@ from typing import Any
 
 from expunge.data.chat import chat_pair
 from expunge.data.named import NamedSet, locate
+from expunge.data.places import placed_pairs
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
@@ -64,7 +65,11 @@ def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pai
         raise ExpungeError(f"{source}: split {split!r} is for hub sets; name the file or the set that holds it")
     if isinstance(found, Path):
         return (parse_pair(row, where, tokenizer) for where, row in read_records(found))
-    return paradetox_pairs(found) if found.name == "paradetox" else (parse_pair(r, w) for w, r in named_records(found))
+    if found.name == "paradetox":
+        return paradetox_pairs(found)
+    if found.name == "builtin-pplm-wikipedia":
+        return (Pair(*texts) for texts in placed_pairs(named_records(found)))
+    return (parse_pair(row, where) for where, row in named_records(found))
 
 
 def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: dict[str, str] = PREFERENCE) -> Pair:
