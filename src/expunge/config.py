@@ -295,7 +295,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar, list or mapping; what is none of these is text."""
+    """A YAML scalar, list or mapping; what is none of these is text, and so is a dash, which stands for standard input."""
+    if text == STDIN:
+        return text
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
