@@ -204,7 +204,8 @@ def test_prompts_on_standard_input_are_those_of_the_file(home, capsys, monkeypat
     assert len(set(said)) == 1 and json.loads(said[0].splitlines()[1])["prompt"] == "A house"
     monkeypatch.setattr(sys, "stdin", io.StringIO("The river\n\nA house\u2028by\n"))
     assert call("generate", "-", "--model", home / "model", "--max-new-tokens", "2") == 0
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["The river", "A house\u2028by"]
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["The river", "A house\u2028by"]
 
 
 def test_pairs_on_standard_input(home, capsys, monkeypatch):
@@ -238,7 +239,8 @@ def test_what_cannot_be_printed_ends_nothing(encoding, home, tmp_path):
         ["score", folder / "none.jsonl"],
     ]
     code = "import sys\nfrom expunge.cli import main\nsys.argv[1:] = []\n"
-    code += "for command in COMMANDS:\n sys.argv = ['expunge', *command]\n try: main()\n except SystemExit as stop: print(stop.code or 0)\n"
+    code += "for command in COMMANDS:\n sys.argv = ['expunge', *command]\n try: main()\n"
+    code += " except SystemExit as stop: print(stop.code or 0)\n"
     script = tmp_path / "all.py"  # one process: torch is imported once
     script.write_text(f"COMMANDS = {[[str(word) for word in command] for command in commands]!r}\n{code}", encoding="utf-8")
     done = subprocess.run(
