@@ -5,7 +5,9 @@ is made, from tiny models on the spot. What only looks bad and works is in a tab
 """
 # ruff: noqa: E501 (a case to a line)
 
+import gzip
 import json
+import lzma
 import re
 import resource
 import shutil
@@ -277,8 +279,8 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "broken YAML": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml:3: not valid YAML", written("a.yaml", "seed: 1\ndata: [x\n")),
     "a list for a configuration": (f"{TRAIN} -c {{place}}/a.yaml", r"expected a mapping", written("a.yaml", "- a\n")),
     "a key that stands twice": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml:2.*'seed' stands twice", written("a.yaml", "seed: 1\nseed: 2\n")),
-    "a binary configuration": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml.*not valid YAML", written("a.yaml", b"seed: \x00\x01\n")),
-    "a configuration in Latin-1": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml: .*UTF-8", written("a.yaml", b"model: \xe9\n")),
+    "a binary configuration": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml:1: a NUL byte", written("a.yaml", b"seed: \x00\x01\n")),
+    "a configuration in Latin-1": (f"{TRAIN} -c {{place}}/a.yaml", r"a.yaml:1: not UTF-8 text", written("a.yaml", b"model: \xe9\n")),
     # numbers
     "a negative weight": (f"{TRAIN} method.weight=-1", r"method.weight=-1.*>= 0", None),
     "a weight that is no number": (f"{TRAIN} method.weight=.nan", r"method.weight=nan: expected a finite number", None),
@@ -347,7 +349,17 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "an empty file": (JSONL, r"bad.jsonl: no pair in it", written("bad.jsonl", "")),
     "a binary file": (JSONL, r"bad.jsonl.*(UTF-8|JSON)", written("bad.jsonl", bytes(range(256)))),
     "zeros for a file": (JSONL, r"bad.jsonl:1: a NUL byte.*binary", written("bad.jsonl", bytes(1000))),
-    "a file in UTF-16": (JSONL, r"bad.jsonl:1: a NUL byte.*UTF-16.*convert", written("bad.jsonl", GOOD.encode("utf-16"))),
+    "a file in UTF-16 without its mark": (JSONL, r"bad.jsonl:1: a NUL byte.*UTF-16.*convert", written("bad.jsonl", GOOD.encode("utf-16-le"))),
+    "a damaged packed file": (TRAIN.replace("{pairs}", "{place}/p.jsonl.gz"), r"p.jsonl.gz: compressed data that is damaged or cut off.*make", written("p.jsonl.gz", gzip.compress(GOOD.encode())[:-9])),
+    "an archive of pairs": (TRAIN.replace("{pairs}", "{place}/p.zip"), r"p.zip: .zip is not read; unpack it", written("p.zip", b"PK")),
+    "weights for pairs": (TRAIN.replace("{pairs}", "{place}/p.gguf"), r"p.gguf: weights of a model, no text", written("p.gguf", b"GGUF")),
+    "no such weights for a corpus": (EVALUATE.replace("{corpus}", "{place}/c.gguf"), r"c.gguf: no such file", None),
+    "a corpus without text": (EVALUATE.replace("{corpus}", "{place}/c.csv"), r"c.csv:2: no field 'text' with text in it \(found: id\)", written("c.csv", "id\n1\n")),
+    "a corpus of an unknown kind": (EVALUATE.replace("{corpus}", "{place}/c.html"), r"c.html: unknown kind of file; .* txt:c.html", written("c.html", "one")),
+    "standard input for what is read again": (TRAIN.replace("{pairs}", "-"), r"data.train=-: .* save standard input to a file", None),
+    "standard input for prompts that are recorded": ("evaluate {model} --prompts jsonl:-", r"data.prompts=jsonl:-: .* save standard input", None),
+    "a variable that is not set": (TRAIN.replace("{pairs}", "$NO_SUCH_THING/p.jsonl"), r"the environment variable NO_SUCH_THING is not set", None),
+    "a variable that is not set in an output": (TRAIN.replace("{out}", "$NO_SUCH_THING/out"), r"the environment variable NO_SUCH_THING is not set", None),
     "a file in Latin-1": (JSONL, r"bad.jsonl:1: not UTF-8.*convert", written("bad.jsonl", GOOD.replace("calm", "café").encode("latin-1"))),
     "JSON without an end": (TRAIN.replace("{pairs}", "{place}/p.json"), r"p.json:1: not valid JSON", written("p.json", f"[{GOOD}")),
     "JSON nested without end": (JSONL, r"bad.jsonl:1: JSON nested too deep", written("bad.jsonl", "[" * 100_000)),
@@ -604,6 +616,10 @@ FINE: dict[str, tuple[str, Make]] = {
     "special tokens that the model does not know": (OWN_RUN, special),
     "masks of old beside the weights": (OWN, weights(lambda t: t.update({"transformer.h.0.attn.masked_bias": torch.zeros(1)}))),
     "an adapter": (OWN, adapter(lambda folder: None)),
+    "pairs in UTF-16": (JSONL, written("bad.jsonl", GOOD.encode("utf-16"))),
+    "a configuration in UTF-16": (f"{TRAIN} -c {{place}}/a.yaml", written("a.yaml", "seed: 1\n".encode("utf-16"))),
+    "pairs that are packed": (TRAIN.replace("{pairs}", "{place}/p.jsonl.xz"), written("p.jsonl.xz", lzma.compress(GOOD.encode()))),
+    "a corpus of rows": (EVALUATE.replace("{corpus}", "{place}/c.jsonl"), written("c.jsonl", '{"text": "The river is calm."}\n' * 9)),
     "lines that end as on Windows": (JSONL, written("bad.jsonl", f"{GOOD}\r\n\r\n{GOOD}\r\n")),
     "an output folder that is there and empty": (TRAIN, lambda kit: (kit.place / "out").mkdir()),
     "prompts longer than the context that are cut": (RUN.replace("{prompts}", "{place}/p.txt"), written("p.txt", "The river " * 100)),

@@ -1,6 +1,8 @@
 """The command line as a user meets it: results on standard output, one line and a status for every mistake."""
 
 import copy
+import datetime
+import io
 import json
 import os
 import re
@@ -10,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 from typer.main import get_command
 
 from expunge import load_model
@@ -162,6 +166,91 @@ def test_score_keeps_order_and_fields(tmp_path, capsys):
     said = capsys.readouterr()
     assert [set(json.loads(line)["scores"]) for line in said.out.splitlines()] == [{"ngram", "wordvec"}] * 2
     assert said.err.startswith("ngram and wordvec: Spearman ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_score_reads_every_encoding_from_a_file_and_from_standard_input(encoding, tmp_path, capsys, monkeypatch):
+    data = '{"text": "The café is calm."}\r\n\r\n{"text": "日本", "id": 1}'.encode(encoding)
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "b").write_bytes(data)  # JSON lines, where no name says otherwise
+    said = []
+    for source in (tmp_path / "a.jsonl", tmp_path / "b", "-", "jsonl:-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        assert call("score", source) == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
+    assert [json.loads(line)["text"] for line in said[0].splitlines()] == ["The café is calm.", "日本"]
+
+
+def test_score_reads_tables_and_text(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.csv").write_text('text,id\n"calm, and\nkind",1\n')
+    assert call("score", tmp_path / "a.csv") == 0
+    assert json.loads(capsys.readouterr().out) | {"score": 0} == {"text": "calm, and\nkind", "id": "1", "score": 0}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo"))
+    assert call("score", "txt:-") == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
+    parquet.write_table(pyarrow.table({"text": ["a"], "day": [datetime.date(2020, 1, 2)]}), tmp_path / "a.parquet")
+    assert call("score", tmp_path / "a.parquet") == 2
+    assert "a.parquet: row 1: field 'day' is date" in one_line(capsys)
+
+
+def test_prompts_on_standard_input_are_those_of_the_file(home, capsys, monkeypatch):
+    """Their lines are no prompts: JSON is recognised."""
+    said = []
+    for source in (home / "prompts.jsonl", "-", "jsonl:-"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO((home / "prompts.jsonl").read_text()))
+        assert call("generate", source, "--model", home / "model", "--max-new-tokens", "2") == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1 and json.loads(said[0].splitlines()[1])["prompt"] == "A house"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The river\n\nA house\u2028by\n"))
+    assert call("generate", "-", "--model", home / "model", "--max-new-tokens", "2") == 0
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["The river", "A house\u2028by"]
+
+
+def test_pairs_on_standard_input(home, capsys, monkeypatch):
+    found = []
+    for source in (home / "pairs.jsonl", "-"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO((home / "pairs.jsonl").read_text()))
+        assert call("pairs", "validate", source, "--model", home / "model", "--json") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_cannot_be_printed_ends_nothing(encoding, home, tmp_path):
+    """In a process of its own: the encoding of its streams is fixed when it starts."""
+    folder = tmp_path / "日本 é"
+    folder.mkdir()
+    pairs = [{**pair, "chosen": pair["chosen"] + " 日é\u2028"} for pair in PAIRS]
+    sources = {
+        name: write(folder / f"{name}.jsonl", rows) for name, rows in (("pairs", pairs), ("texts", [{"text": "日é🙂"}]))
+    }
+    run = [argument if argument != tmp_path / "out" else folder / "out" for argument in run_arguments(home, folder / "out")]
+    run[run.index("--pairs") + 1] = sources["pairs"]
+    commands = [
+        ["score", sources["texts"]],
+        ["pairs", "validate", sources["pairs"], "--model", home / "model"],
+        ["list", "attacks"],
+        ["list", "data"],
+        [*run, "--dry-run"],
+        [*run, "training.max_steps=1"],
+        ["report", folder / "out"],
+        ["score", folder / "none.jsonl"],
+    ]
+    code = "import sys\nfrom expunge.cli import main\nsys.argv[1:] = []\n"
+    code += "for command in COMMANDS:\n sys.argv = ['expunge', *command]\n try: main()\n"
+    code += " except SystemExit as stop: print(stop.code or 0)\n"
+    script = tmp_path / "all.py"  # one process: torch is imported once
+    script.write_text(f"COMMANDS = {[[str(word) for word in command] for command in commands]!r}\n{code}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    said, complained = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert [line for line in said.splitlines() if line in ("0", "1", "2")] == ["0"] * 7 + ["2"], complained
+    assert "Traceback" not in complained and re.search(r"expunge: .*\\u65e5\\u672c .*none.jsonl: no such file", complained)
+    assert json.loads(said.splitlines()[0])["text"] == "日é🙂"  # JSON's own escapes lose nothing
+    assert (folder / "out" / "report.html").is_file() and r"\u65e5\u672c" in said
 
 
 def test_generate_writes_one_line_a_sample(home, capsys):

@@ -131,10 +131,10 @@ def test_a_bad_file_is_one_clear_line(tmp_path, text, message):
 def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
     with pytest.raises(ExpungeError, match=r"none.yaml: no such file"):
         config_of(files=[tmp_path / "none.yaml"])
-    with pytest.raises(ExpungeError, match=r"cannot be read as UTF-8 text"):
+    with pytest.raises(ExpungeError, match=r"cannot be read \(Is a directory\)"):
         config_of(files=[tmp_path])
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
-    with pytest.raises(ExpungeError, match=r"latin.yaml: cannot be read as UTF-8 text"):
+    with pytest.raises(ExpungeError, match=r"latin.yaml:1: not UTF-8 text"):
         config_of(files=[tmp_path / "latin.yaml"])
 
 

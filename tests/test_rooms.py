@@ -15,14 +15,16 @@ PACKAGE = Path(expunge.__file__).parent
 FACES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # these may name anything
 FILES = sorted(set(PACKAGE.rglob("*.py")) - FACES)
 
-LEAVES = {"errors", "registry", "config", "whole", "rows"}
+LEAVES = {"errors", "registry", "config", "whole", "rows", "lines", "paths"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": set(),
+    "lines": {"errors"},
+    "paths": {"errors"},
     "whole": {"errors"},
     "rows": {"errors", "whole"},
     "claim": {"errors", "whole"},
-    "config": {"errors", "registry"},
+    "config": {"errors", "registry", "lines", "paths"},
     "provenance": LEAVES,
     "losses": set(),
     "adapters": LEAVES,

@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from expunge.errors import ExpungeError
+from expunge.lines import STDIN, called, read_text
+from expunge.paths import expand
 from expunge.registry import did_you_mean
 
 C = TypeVar("C")
@@ -50,6 +52,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data", self, limit=1)
+        expand_fields("data", self, *(field.name for field in dataclasses.fields(self) if field.name != "limit"))
 
 
 @dataclasses.dataclass
@@ -60,6 +63,9 @@ class SUnlearningConfig:
     """Questions that should still be answered."""
     forget: str
     """Questions that should not, or toxicity: that of the first set of data.prompts."""
+
+    def __post_init__(self) -> None:
+        expand_fields("evaluation.s_unlearning", self, "utility", "forget")
 
 
 @dataclasses.dataclass
@@ -98,6 +104,7 @@ class EvaluationConfig:
         at_least("evaluation", self, **least, questions=1, shots=0, perplexity_tokens=2, seed=0)
         if not self.scorers:
             raise ExpungeError("evaluation.scorers=[]: at least one is needed, the judge")
+        expand_fields("evaluation", self, "scorers")
 
 
 @dataclasses.dataclass
@@ -118,6 +125,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         at_least("monitor", self, limit=1, samples=1, tokens=2)
+        expand_fields("monitor", self, "prompts", "scorer", "corpus")
 
 
 @dataclasses.dataclass
@@ -147,6 +155,7 @@ class RedTeamConfig:
         at_least("redteam", self, utility_bound=1)
         if not self.attacks:
             raise ExpungeError("redteam.attacks=[]: name at least one attack, or all")
+        expand_fields("redteam", self, "validation", "search", "neutral")
 
 
 @dataclasses.dataclass
@@ -181,6 +190,31 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least("", self, seed=0)
+        expand_fields("", self, "model")
+        paths = {key: self.training[key] for key in TRAINING_PATHS if isinstance(self.training.get(key), str)}
+        self.training = {**self.training, **{key: expand_source(f"training.{key}", path) for key, path in paths.items()}}
+
+
+TRAINING_PATHS = ("anchor_text", "deepspeed", "fsdp_config", "logging_dir", "resume_from_checkpoint")
+
+
+def expand_fields(section: str, settings: Any, *keys: str) -> None:
+    """`expand_source` for fields that are text or a list of it, in place; None is left alone."""
+    for key in keys:
+        value, path = getattr(settings, key), f"{section}.{key}".lstrip(".")
+        if isinstance(value, list):
+            setattr(settings, key, [expand_source(path, each) for each in value])
+        elif value is not None:
+            setattr(settings, key, expand_source(path, value))
+
+
+def expand_source(path: str, name: str) -> str:
+    """A name that may be a path, with `~` and `$NAME` put in. Raises ExpungeError for standard input."""
+    if name.rpartition(":")[2] == STDIN:
+        raise ExpungeError(
+            f"{path}={name}: a run reads its data more than once; save standard input to a file and name that"
+        )
+    return expand(name)
 
 
 def at_least(section: str, settings: Any, **bounds: float) -> None:
@@ -261,7 +295,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar, list or mapping; what is none of these is text."""
+    """A YAML scalar, list or mapping; what is none of these is text, and so is a dash, which stands for standard input."""
+    if text == STDIN:
+        return text
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
@@ -269,20 +305,17 @@ def parse_value(text: str) -> Any:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    text, name = read_text(expand(file)), called(file)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ExpungeError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExpungeError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ExpungeError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise ExpungeError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ExpungeError(f"{file}: expected a mapping of keys, found {type(tree).__name__}")
+        raise ExpungeError(f"{name}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
 
 
@@ -366,4 +399,4 @@ def _name(hint: Any) -> str:
 def cache_folder(kind: str) -> Path:
     """Where runs share what is costly to compute: in $EXPUNGE_CACHE, or expunge/ in the user's cache folder."""
     base = os.environ.get("EXPUNGE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expunge"
-    return Path(base) / kind
+    return Path(expand(base)) / kind

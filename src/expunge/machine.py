@@ -12,6 +12,7 @@ import psutil
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from expunge.config import cache_folder
+from expunge.paths import expand
 from expunge.provenance import environment
 
 
@@ -24,7 +25,7 @@ def machine() -> dict[str, str]:
     data = os.environ.get("EXPUNGE_DATA")
     if not data:
         data = "EXPUNGE_DATA is not set: sets that are not built in are read from the hub"
-    elif not Path(data).is_dir():
+    elif not Path(expand(data)).is_dir():
         data = f"EXPUNGE_DATA={data}, which is no folder"
     return {
         "expunge": f"{found['expunge']}, Python {found['python']}",

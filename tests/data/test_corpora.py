@@ -1,9 +1,13 @@
 """Running text: how WikiText's lines are joined, and where a corpus comes from."""
 
+import io
+import json
 import sys
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from expunge.data import load_corpus
 from expunge.errors import ExpungeError
@@ -36,8 +40,40 @@ def test_wikitext_from_a_hub(monkeypatch):
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
 
 
-def test_a_file_is_text_as_it_is(write):
-    assert load_corpus(write("a.txt", "one\r\n\n two")) == "one\r\n\n two"
+def test_a_file_is_text_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\n two")
+    assert load_corpus(tmp_path / "a.txt") == "one\n\n two"
+
+
+def test_rows_are_the_text_that_their_lines_would_be(write, tmp_path, monkeypatch):
+    """Not the file as it is: braces, ids and commas are no text."""
+    texts = ["The river, and the sea.", 'He said "so".', "", " = Title = "]
+    table = pyarrow.Table.from_pylist([{"text": text, "id": i} for i, text in enumerate(texts)])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)]
+    sources = [
+        write("a.txt", *texts, ""),
+        write("a.jsonl", *lines),
+        write("a.json", f"[{','.join(lines)}]"),
+        write("a.csv", "id,text", '1,"The river, and the sea."', '2,"He said ""so""."', "3,", "4, = Title = "),
+        write("a.tsv", "id\ttext", *(f"{i}\t{text}" for i, text in enumerate(texts))),
+        tmp_path / "a.parquet",
+        "-",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    assert {load_corpus(source) for source in sources} == {"\n".join(texts) + "\n"}
+
+
+def test_a_row_without_text_is_an_error_with_its_place(write):
+    for row in ({"txt": "a"}, {"text": 3}, {"text": None}):
+        with pytest.raises(ExpungeError, match=r"a.jsonl:2: no field 'text' with text in it \(found: "):
+            load_corpus(write("a.jsonl", {"text": "one"}, row))
+
+
+def test_no_kind_of_file_is_taken_for_text_that_says_nothing_of_it(write):
+    with pytest.raises(ExpungeError, match=r"a.html: unknown kind of file; .* txt:a.html"):
+        load_corpus(path := write("a.html", "one"))
+    assert load_corpus(f"txt:{path}") == "one"
 
 
 def test_bad_sources(write, monkeypatch):

@@ -1,7 +1,14 @@
 """Files row by row: what is held of a large one, and one clear line for each thing that can be wrong with a file."""
 
+import bz2
+import csv
+import gzip
+import io
+import itertools
 import json
+import lzma
 import os
+import random
 import subprocess
 import sys
 
@@ -18,11 +25,127 @@ LINE = json.dumps(ROW)
 MEGABYTES = 40
 
 
+def zstd(data: bytes) -> bytes:
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(data)
+    return packed.getvalue().to_pybytes()
+
+
+def random_lines() -> bytes:
+    """JSON lines that are as long packed."""
+    draw = random.Random(0)
+    return b"".join(b'{"text": "%d"}\n' % draw.getrandbits(60) for _ in range(2000))
+
+
+def spoilt(packed: bytes) -> bytes:
+    return packed[:2000] + b"here it is spoilt" + packed[2017:]
+
+
 def message_of(path) -> str:
     with pytest.raises(ExpungeError) as error:
         list(read_records(path))
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+ROWS = [
+    {"prompt": "The sky", "chosen": " is blue.", "rejected": " is\u2028\x85mud\x0b."},
+    {"prompt": 'He said "hello", and', "chosen": " left; 'so' it was", "rejected": " stayed, and\\n went\\"},
+    {"prompt": "  日本 é \U0001f642", "chosen": '"', "rejected": '" and "'},
+]
+COMMAS = {  # a cell with a line end in it is possible in these two alone
+    "prompt": "Of two\nlines", "chosen": ' the "second\n"', "rejected": "\tnone"
+}  # fmt: skip
+
+
+def as_jsonl(rows: list[dict]) -> str:
+    return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+
+
+def as_csv(rows: list[dict], separator: str = ",", always: bool = False) -> str:
+    out = io.StringIO()
+    quoting = csv.QUOTE_ALL if always else csv.QUOTE_MINIMAL
+    csv.writer(out, delimiter=separator, quoting=quoting, lineterminator="\n").writerows(
+        [[*ROW], *(r.values() for r in rows)]
+    )
+    return out.getvalue()
+
+
+WRITTEN = {  # what is in the file: its ending, its text, its rows
+    "JSON lines": ("jsonl", as_jsonl([*ROWS, COMMAS]), [*ROWS, COMMAS]),
+    "JSON lines with escapes": ("jsonl", "\n".join(json.dumps(row) for row in ROWS), ROWS),
+    "JSON": ("json", json.dumps(ROWS, indent=1, ensure_ascii=False), ROWS),
+    "JSON lines called JSON": ("json", as_jsonl(ROWS), ROWS),
+    "CSV": ("csv", as_csv([*ROWS, COMMAS]), [*ROWS, COMMAS]),
+    "CSV that quotes all": ("csv", as_csv([*ROWS, COMMAS], always=True), [*ROWS, COMMAS]),
+    "CSV with semicolons": ("csv", as_csv([*ROWS, COMMAS], ";"), [*ROWS, COMMAS]),
+    "TSV": ("tsv", "\n".join("\t".join(row) for row in [[*ROW], *(row.values() for row in ROWS)]), ROWS),
+    "TSV that quotes some": ("tsv", as_csv([*ROWS, COMMAS], "\t"), [*ROWS, COMMAS]),
+    "TSV that quotes all": ("tsv", as_csv(ROWS, "\t", always=True), ROWS),
+    "text": ("txt", "\n\n".join(row["prompt"] for row in ROWS), [{"text": row["prompt"]} for row in ROWS]),
+}
+PACKINGS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")  # all but the first with a byte order mark
+BIG = {"utf-16": (b"\xfe\xff", "utf-16-be"), "utf-32": (b"\0\0\xfe\xff", "utf-32-be")}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_rows_are_the_same_however_a_file_is_written(kind, packing, tmp_path, monkeypatch):
+    """Encoding, byte order mark, line ends, compression, quoting, file or standard input: none of it changes a row."""
+    ending, text, rows = WRITTEN[kind]
+    for encoding, line_end, last in itertools.product(ENCODINGS, ("\n", "\r\n", "\r"), ("", "\n")):
+        shown = (text.rstrip("\n") + last).replace("\n", line_end)
+        plain = [shown.encode(encoding)]
+        if encoding in BIG:
+            mark, big = BIG[encoding]
+            plain.append(mark + shown.encode(big))
+        for data in map(PACKINGS[packing], plain):
+            path = tmp_path / f"a.{ending}{packing}"
+            path.write_bytes(data)
+            assert [row for _, row in read_records(path)] == rows, (encoding, line_end, last)
+            for declared in (f"{ending}:-", *(["-"] if ending in ("json", "jsonl", "txt") else [])):
+                monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+                assert [row for _, row in read_records(declared)] == rows
+                assert [row for _, row in read_records(declared)] == rows  # it is gone over twice where a part is chosen
+
+
+def test_parquet_packed_and_from_standard_input(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(data))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    for source in (tmp_path / "a.parquet", tmp_path / "b.parquet.gz", "parquet:-", "-"):
+        assert [row for _, row in read_records(source)] == ROWS
+    assert next(read_records("-"))[0] == "standard input: row 1"
+
+
+def test_a_carriage_return_in_a_file_of_other_line_ends_is_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rand more\nthree\r")
+    assert [row["text"] for _, row in read_records(tmp_path / "a.txt")] == ["one", "two\rand more", "three"]
+
+
+def test_standard_input_is_read_as_what_it_is(monkeypatch):
+    """The prompts of a conversation's template begin with a bracket, and are no JSON."""
+
+    def rows(text: str, source: str = "-") -> list[dict]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return [row for _, row in read_records(source)]
+
+    assert rows('\n {"text": "a"}\n') == rows('[{"text": "a"}]') == rows('[\n{"text": "a"}\n]') == [{"text": "a"}]
+    assert rows("[INST] a [/INST]\n{a} b") == [{"text": "[INST] a [/INST]"}, {"text": "{a} b"}]
+    assert rows('{"text": "a"}', "txt:-") == [{"text": '{"text": "a"}'}]
+    with pytest.raises(ExpungeError, match="standard input:2: not valid JSON"):
+        rows('{"text": "a"}\n{"text": b}')
+
+
+def test_a_declared_format_goes_over_the_name(write, monkeypatch):
+    path = write("a.log", LINE)
+    assert [row for _, row in read_records(f"jsonl:{path}")] == [ROW]
+    monkeypatch.chdir(path.parent)
+    write("csv:a.txt", "one")  # a file of exactly this name is meant
+    assert [row for _, row in read_records("csv:a.txt")] == [{"text": "one"}]
 
 
 @pytest.mark.parametrize("text", [LINE + "\n", LINE + "\r\n", "\ufeff" + LINE, f"\ufeff[{LINE}]", f"[\r\n{LINE}\r\n]"])
@@ -39,7 +162,7 @@ def test_the_same_of_tables_and_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo\u2028still two".encode())
     places = [(f"{tmp_path}/a.txt:1", {"text": "one"}), (f"{tmp_path}/a.txt:3", {"text": "two\u2028still two"})]
     assert list(read_records(tmp_path / "a.txt")) == places
-    assert load_corpus(tmp_path / "a.txt").startswith("one\r\n")
+    assert load_corpus(tmp_path / "a.txt").startswith("one\n")
 
 
 def test_a_table_without_a_header_is_given_one(write):
@@ -62,7 +185,30 @@ MISTAKES = {
     "a column twice": ("a.csv", "prompt,chosen,prompt\n1,2,3", ":1: the header names 'prompt' twice"),
     "NaN": ("a.jsonl", f'{LINE}\n{{"prompt": NaN}}', ":2: not valid JSON (NaN is not a value of JSON)"),
     "infinity": ("a.json", '[{"prompt": -Infinity}]', ": item 1: not valid JSON (-Infinity is not"),
-    "UTF-16": ("a.jsonl", LINE.encode("utf-16"), ":1: a NUL byte, so not UTF-8 text but UTF-16 or a binary file"),
+    "UTF-16 without a mark": ("a.jsonl", LINE.encode("utf-16-le"), ":1: a NUL byte, so not UTF-8 text but UTF-16"),
+    "half a character of UTF-16": (
+        "a.txt",
+        "one\ntwo".encode("utf-16") + b"\x00",
+        ":2: not the UTF-16-LE that its byte order mark says (truncated data); convert",
+    ),
+    "half a surrogate pair in UTF-16": (
+        "a.txt",
+        b"\xfe\xff" + "one\ntwo\n".encode("utf-16-be") + b"\xd8\x00\0a",
+        ":3: not the UTF-16-BE that its byte order mark says (illegal UTF-16 surrogate)",
+    ),
+    "beyond Unicode in UTF-32": ("a.txt", "one".encode("utf-32") + b"\xff" * 4, ":1: not the UTF-32-LE that"),
+    "a NUL in UTF-16": ("a.txt", "one\nt\0wo".encode("utf-16"), ":2: a NUL byte"),
+    "a name that says gzip": ("a.jsonl.gz", LINE, ": its name ends in .gz, its content does not begin so; rename it"),
+    "half a gzip file": ("a.jsonl.gz", gzip.compress(random_lines())[:-400], ": compressed data that is damaged or cut off"),
+    "half a bzip2 file": ("a.jsonl.bz2", bz2.compress(random_lines())[:-400], ": compressed data that is damaged or cut"),
+    "half an xz file": ("a.jsonl.xz", lzma.compress(random_lines())[:-400], ": compressed data that is damaged or cut off"),
+    "half a zstd file": ("a.jsonl.zst", zstd(random_lines())[:-400], ": compressed data that is damaged or cut off"),
+    "a spoilt gzip file": ("a.jsonl.gz", spoilt(gzip.compress(random_lines())), ": compressed data that is damaged"),
+    "weights": ("a.gguf", b"GGUF", ": weights of a model, no text; a model is given as --model"),
+    "an archive": ("a.jsonl.zip", b"PK", ": .zip is not read; unpack it, or pack it as .gz, .bz2, .xz, .zst"),
+    "an archive in gzip": ("a.tar.gz", gzip.compress(b"x"), ": .tar is not read; unpack it"),
+    "a name that says nothing": ("a.log", LINE, ": unknown kind of file; use .jsonl, "),
+    "running text for rows": ("a.tokens", "one", ": running text, which has no rows; for one row a line it is txt:"),
     "binary": ("a.csv", b"a,b\n1,\x002", ":2: a NUL byte"),
     "Latin-1": ("a.txt", b"one\ncaf\xe9", ":2: not UTF-8 text (byte 4 of the line)"),
     "nested without end": ("a.jsonl", '{"a": ' + "[" * 100_000, ":1: JSON nested too deep"),

@@ -14,6 +14,7 @@ from expunge.cli.options import (
     PairsName,
     Quiet,
     RetainName,
+    expanded,
     loads_a_model,
 )
 from expunge.cli.printing import hush, json_line, print_paths, print_table
@@ -24,7 +25,9 @@ from expunge.registry import did_you_mean
 
 @loads_a_model
 def attack(
-    model: Annotated[str, typer.Argument(help="A run folder, or a model: builtin, a hub name, a folder.")],
+    model: Annotated[
+        str, typer.Argument(callback=expanded, help="A run folder, or a model: builtin, a hub name, a folder.")
+    ],
     overrides: Overrides = None,
     attacks: Annotated[
         str | None, typer.Option(help="Names with commas between, or all.", autocompletion=completer("attacks"))
@@ -32,7 +35,9 @@ def attack(
     budget: Annotated[
         str | None, typer.Option(help="small, paper or large: what each attack tries; if no configuration says, small.")
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="The model before unlearning; a run knows its own.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(callback=expanded, help="The model before unlearning; a run knows its own.")
+    ] = None,
     pairs: PairsName = None,
     forget: ForgetName = None,
     retain: RetainName = None,

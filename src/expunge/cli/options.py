@@ -12,7 +12,15 @@ import typer
 
 from expunge.errors import ExpungeError
 from expunge.listing import completer
+from expunge.paths import expand
 from expunge.registry import did_you_mean
+
+
+def expanded(value: Any) -> Any:
+    """What an option or an argument says, where that may be a path: with `~` and `$NAME` put in, of a list each."""
+    if isinstance(value, (list, tuple)):
+        return [expanded(each) for each in value]
+    return value if value is None else type(value)(expand(value))
 
 
 def _be_quiet(asked: bool) -> bool:
@@ -22,7 +30,9 @@ def _be_quiet(asked: bool) -> bool:
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example method.weight=0.3", show_default=False)]
-ConfigFile = Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file; repeat to lay one over another.")]
+ConfigFile = Annotated[
+    list[Path] | None, typer.Option("--config", "-c", callback=expanded, help="YAML file; repeat to lay one over another.")
+]
 ModelName = Annotated[str | None, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")]
 MethodName = Annotated[str | None, typer.Option(help="A method's name.", autocompletion=completer("methods"))]
 PairsName = Annotated[
@@ -40,7 +50,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on standard output.")]
 Budget = Annotated[str, typer.Option(help="quick (minutes) or full.", autocompletion=completer("budgets"))]
 PROMPTS = completer("data", kind="prompts")
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for all that the run leaves behind.")]
+Out = Annotated[Path, typer.Option("--out", "-o", callback=expanded, help="Folder for all that the run leaves behind.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 
 LOADING = {

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.options import PROMPTS, Json, Overrides, Quiet, loads_a_model
+from expunge.cli.options import PROMPTS, Json, Overrides, Quiet, expanded, loads_a_model
 from expunge.cli.printing import bar, hush, print_tree
 from expunge.errors import ExpungeError
 from expunge.listing import completer
@@ -16,7 +16,10 @@ from expunge.registry import did_you_mean
 def build_pairs(
     overrides: Overrides = None,
     prompts: Annotated[
-        str, typer.Option(help="What is continued: a named set, a file or a hub set.", autocompletion=PROMPTS)
+        str,
+        typer.Option(
+            help="What is continued: a named set, a file, a hub set, or - (standard input).", autocompletion=PROMPTS
+        ),
     ] = "builtin-tuning",
     model: Annotated[
         str, typer.Option("--model", "-m", help="Whose continuations: builtin, a hub name or a folder.")
@@ -30,7 +33,9 @@ def build_pairs(
         str, typer.Option(help="What pplm's probe is fitted on: labelled text, or a named set of pairs.")
     ] = "builtin",
     limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly spread over the set.", min=1)] = None,
-    output: Annotated[Path, typer.Option("--out", "-o", help="The file of pairs, JSON lines.")] = Path("pairs.jsonl"),
+    output: Annotated[Path, typer.Option("--out", "-o", callback=expanded, help="The file of pairs, JSON lines.")] = Path(
+        "pairs.jsonl"
+    ),
     quiet: Quiet = False,
     as_json: Json = False,
     *,
@@ -64,7 +69,7 @@ def build_pairs(
 
 
 def validate_pairs(
-    source: Annotated[str, typer.Argument(help="Preference pairs: a named set, a file or a hub set.")],
+    source: Annotated[str, typer.Argument(help="Preference pairs: a named set, a file, a hub set, or - (standard input).")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Whose tokenizer counts tokens, and renders chats.")
     ] = "builtin",

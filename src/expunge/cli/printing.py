@@ -1,6 +1,7 @@
 """Results on standard output: trees, paths and JSON lines; bars on standard error; quiet libraries."""
 
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -78,12 +79,29 @@ def print_tree(tree: dict[str, Any], as_json: bool) -> None:
         print(yaml.safe_dump(tree, sort_keys=False, width=120), end="", flush=True)
 
 
-def read_stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ExpungeError(f"standard input: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-
-
 def json_line(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """JSON's own escapes stand for characters that standard output cannot print, so that nothing is lost."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(record) + "\n"
+    sys.stdout.write(line)
+
+
+def check_plain(record: dict[str, Any], where: str) -> None:
+    """ExpungeError for a value of a row that JSON does not have, such as a date of a Parquet file."""
+    for key, value in record.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ExpungeError(
+                f"{where}: field {key!r} is {type(value).__name__} {value!r}, which JSON does not have; leave the column out"
+            ) from None
+
+
+def print_what_can_be_printed() -> None:
+    """Escape from now on, on both streams, the characters that their encodings do not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what stands in for one takes all
+            stream.reconfigure(errors="backslashreplace")

@@ -11,7 +11,7 @@ import typer
 from expunge.cli.attacks import attack
 from expunge.cli.options import Json
 from expunge.cli.pairs import build_pairs, validate_pairs
-from expunge.cli.printing import json_line, print_rows
+from expunge.cli.printing import json_line, print_rows, print_what_can_be_printed
 from expunge.cli.runs import doctor, evaluate, report, run, train
 from expunge.cli.sweeps import compare, sweep
 from expunge.cli.texts import generate, score
@@ -76,6 +76,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("expunge").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print_what_can_be_printed()
     try:
         if status := app(prog_name="expunge", standalone_mode=False) or 0:  # it takes Ctrl-C for itself
             _complain("stopped")

@@ -20,6 +20,7 @@ from expunge.cli.options import (
     PairsName,
     Quiet,
     RetainName,
+    expanded,
     loads_a_model,
     read_settings,
 )
@@ -126,9 +127,9 @@ def doctor(
 
 @loads_a_model
 def evaluate(
-    model: Annotated[str, typer.Argument(help="builtin, a hub name, a model folder, or a run folder.")],
+    model: Annotated[str, typer.Argument(callback=expanded, help="builtin, a hub name, a model folder, or a run folder.")],
     overrides: Overrides = None,
-    reference: Annotated[str | None, typer.Option(help="The model to compare with.")] = None,
+    reference: Annotated[str | None, typer.Option(callback=expanded, help="The model to compare with.")] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(help="Prompts: a named set or a file; repeat for several.", autocompletion=PROMPTS),
@@ -142,6 +143,8 @@ def evaluate(
     loading: dict[str, Any],
 ) -> None:
     """Measure any model, against a reference where one is given."""
+    import json
+
     from expunge import assembly, pipeline
     from expunge.report import write_report
     from expunge.scorers import load_scorer
@@ -151,12 +154,11 @@ def evaluate(
         return
     origin = pipeline.origin_of(Path(model))
     name = str(Path(model) / "model") if origin else model
-    settings = read_settings(overrides, config, name, None, None, budget, origin.get("loading", {}) | loading)
+    told = [*(overrides or []), *([f"data.prompts={json.dumps(prompts)}"] if prompts else [])]
+    settings = read_settings(told, config, name, None, None, budget, origin.get("loading", {}) | loading)
     settings.method = origin.get("method", {})
     revision = settings.revision if origin and not reference else None  # another reference has its own
     reference = reference or origin.get("model")
-    if prompts:
-        settings.data.prompts = prompts
     data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
     scorers = [load_scorer(name) for name in settings.evaluation.scorers]
     with pipeline.claim(output, settings, evaluate={"reference": reference}):
@@ -165,7 +167,9 @@ def evaluate(
     _print_headline(output, as_json)
 
 
-def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")], as_json: Json = False) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(callback=expanded, help="A run's folder.")], as_json: Json = False
+) -> None:
     """Write OUT/report.html again from a run's files."""
     from expunge.report import write_report
 

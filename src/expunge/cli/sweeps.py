@@ -5,15 +5,17 @@ from typing import Annotated
 
 import typer
 
-from expunge.cli.options import Json, Quiet
+from expunge.cli.options import Json, Quiet, expanded
 from expunge.cli.printing import hush, json_line, print_paths, print_rows, print_table
 from expunge.errors import ExpungeError
 from expunge.registry import did_you_mean
 
 
 def sweep(
-    recipe: Annotated[Path, typer.Argument(help="The YAML of the grid (docs/sweeps.md).")],
-    output: Annotated[Path | None, typer.Option("--out", "-o", help="Its folder. Default: runs/NAME of the recipe.")] = None,
+    recipe: Annotated[Path, typer.Argument(callback=expanded, help="The YAML of the grid (docs/sweeps.md).")],
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=expanded, help="Its folder. Default: runs/NAME of the recipe.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="One of the recipe's. Default: its first.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="AXIS=LABEL,LABEL: run these alone; repeat for more axes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="After so many begin no other cell.", min=0)] = None,
@@ -56,7 +58,7 @@ def sweep(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, evaluations or sweeps.")],
+    runs: Annotated[list[Path], typer.Argument(callback=expanded, help="Folders of runs, evaluations or sweeps.")],
     ratio: Annotated[bool, typer.Option("--ratio", help="Ratios to each run's reference instead of values.")] = False,
     form: Annotated[str | None, typer.Option("--format", help="md, csv or tex instead of a table to look at.")] = None,
     as_json: Json = False,

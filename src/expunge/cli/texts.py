@@ -2,13 +2,12 @@
 
 import math
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from expunge.cli.options import PROMPTS, Json, Quiet, loads_a_model
-from expunge.cli.printing import hush, json_line, read_stdin
+from expunge.cli.printing import check_plain, hush, json_line
 from expunge.errors import ExpungeError
 from expunge.listing import completer
 
@@ -16,7 +15,7 @@ from expunge.listing import completer
 @loads_a_model
 def generate(
     prompts: Annotated[
-        str, typer.Argument(help="A file of prompts, a named set, or - for lines of standard input.", autocompletion=PROMPTS)
+        str, typer.Argument(help="A file of prompts, a named set, or - for standard input.", autocompletion=PROMPTS)
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="builtin, a hub name or a folder.")] = "builtin",
     samples: Annotated[int, typer.Option(help="Sampled continuations a prompt; 0 is one greedy continuation.", min=0)] = 0,
@@ -35,10 +34,7 @@ def generate(
 
     hush()
     loaded, tokenizer = load_model(model, **{"dtype": "float32", **loading})
-    if prompts == "-":
-        texts = read_stdin().splitlines()
-    else:
-        texts = [prompt.text for prompt in load_prompts(prompts, tokenizer=tokenizer)]
+    texts = [prompt.text for prompt in load_prompts(prompts, tokenizer=tokenizer)]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     decoding = Decoding(max_new_tokens=max_new_tokens, samples=samples, top_p=top_p, temperature=temperature, seed=seed)
     for text, continuations in zip(texts, generate(loaded, tokenizer, ids, decoding), strict=True):  # type: ignore[arg-type]
@@ -47,7 +43,7 @@ def generate(
 
 
 def score(
-    file: Annotated[str, typer.Argument(help="JSON lines with `text`, or - for standard input.")],
+    file: Annotated[str, typer.Argument(help="A file of rows with `text`, or - for JSON lines on standard input.")],
     scorer: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,17 +55,20 @@ def score(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Toxicity of texts: the same JSON lines with `score`, in order; of several scorers `scores`, and how far they agree."""
-    from expunge.rows import parse_lines, read_lines
+    """Toxicity of texts: the rows as JSON lines with `score`, in order; of several scorers `scores`, and their agreement."""
+    from expunge.data.named import file_at
+    from expunge.data.records import read_records
     from expunge.scorers import load_scorer
 
     names = scorer or ["ngram"]
     if any(name.startswith("hf:") for name in names):
         hush()
-    records = parse_lines(read_stdin(), "standard input") if file == "-" else read_lines(Path(file))
-    for number, record in enumerate(records, 1):
+    records = []
+    for where, record in read_records(file_at(file, default="jsonl")):
         if not isinstance(record.get("text"), str):
-            raise ExpungeError(f"{file}: record {number} has no field 'text' that is a string")
+            raise ExpungeError(f"{where}: no field 'text' with text in it (found: {', '.join(map(str, record)) or 'none'})")
+        check_plain(record, where)
+        records.append(record)
     texts = [record["text"] for record in records]
     scorers = [load_scorer(name) for name in names]
     found = {each.name: each.score(texts) for each in scorers}

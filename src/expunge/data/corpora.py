@@ -1,6 +1,8 @@
 """Running text for perplexity and for neutral training: WikiText-2 by name, or a file.
 
     text = load_corpus("wikitext2")
+    text = load_corpus("mine.txt.gz")           # as it is
+    text = load_corpus("mine.jsonl")            # the `text` of each row on lines of its own: as of the same texts in a .txt
 
 A WikiText split is one text as perplexity is published on it (methods section 4): the rows of the hub set joined by a
 blank line. A row keeps its line end, and a blank line is an empty row.
@@ -11,23 +13,33 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.named import File, NamedSet, local_file, locate
 from expunge.data.pairs import load_pairs
 from expunge.data.prompts import load_prompts
-from expunge.data.records import Record, hub_records, named_records, read_text
+from expunge.data.records import Record, hub_records, named_records, read_records
 from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.lines import read_text
+
+RUNNING = ("txt", "tokens", "raw")
+"""Formats of files that are text as they are; the others have rows."""
 
 WORD = re.compile(r"\s*\S+")
 
 
 def load_corpus(source: str | Path) -> str:
-    """The text of a named corpus, a text file as it is, or a hub set's train rows joined by a blank line."""
+    """The text of a named corpus, of a file or standard input, or of a hub set's train rows joined by a blank line.
+
+    A text file is taken as it is, each line end as `\\n`. Of a file with rows each `text` is a line, or several.
+    Raises ExpungeError for a row without `text`, with its place, and where there is nothing but blanks.
+    """
     found = locate(source, "corpus")
-    if isinstance(found, Path):
-        text = read_text(found)
+    if isinstance(found, File):
+        text = (
+            read_text(found.path) if found.format in RUNNING else "".join(f"{row}\n" for row in _texts(read_records(found)))
+        )
     elif isinstance(found, str):
-        text = _joined(hub_records(found))
+        text = "\n\n".join(_texts(hub_records(found)))
     elif found.name == "builtin-neutral":
         text = "\n\n".join(prompt.text + prompt.gold for prompt in load_prompts(found.name))
     elif found.name == "builtin-validation":
@@ -43,17 +55,14 @@ def _wikitext(entry: NamedSet) -> str:
     if path := local_file(entry):
         lines = read_text(path).removesuffix("\n").split("\n")
         return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
-    return _joined(named_records(entry))
+    return "\n\n".join(_texts(named_records(entry)))
 
 
-def _joined(records: Iterable[Record]) -> str:
-    """The `text` of each row, a blank line between."""
-    texts = []
+def _texts(records: Iterable[Record]) -> Iterator[str]:
     for where, row in records:
         if not isinstance(row.get("text"), str):
-            raise ExpungeError(f"{where}: no field 'text' (found: {', '.join(row)})")
-        texts.append(row["text"])
-    return "\n\n".join(texts)
+            raise ExpungeError(f"{where}: no field 'text' with text in it (found: {', '.join(map(str, row)) or 'none'})")
+        yield row["text"]
 
 
 def passages(text: str, tokenizer: Any, size: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from expunge.data.named import locate, named_sets
+from expunge.data.named import File, locate, named_sets
 from expunge.data.pairs import load_pairs
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
@@ -31,7 +31,7 @@ def load_labelled(source: str | Path, limit: int | None = None, seed: int = 0) -
     def read() -> Iterator[tuple[str, bool]]:
         if isinstance(found, str):
             return labelled_rows(hub_records(found))
-        return labelled_rows(read_records(found) if isinstance(found, Path) else named_records(found))
+        return labelled_rows(read_records(found) if isinstance(found, File) else named_records(found))
 
     rows = selected(read, limit, lambda n, few: random.Random(seed).sample(range(n), few), "text")
     if not rows:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.named import File, NamedSet, local_file, locate
 from expunge.data.pairs import text_of
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
@@ -109,9 +109,9 @@ def _choices(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(choices)
 
 
-def _records(found: NamedSet | Path | str, split: str = "test") -> Iterator[Record]:
+def _records(found: NamedSet | File | str, split: str = "test") -> Iterator[Record]:
     """Rows of a set; of mmlu also those of its dev split, each with its subject."""
-    if isinstance(found, Path):
+    if isinstance(found, File):
         return read_records(found)
     if isinstance(found, str):
         return hub_records(found, split)

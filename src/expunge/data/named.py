@@ -2,7 +2,8 @@
 
     locate("wiki-f1", "prompts")      # the set, and its file under EXPUNGE_DATA or in the package, or None
 
-A source is a named set, a file, or a hub set `organisation/name`, tried in this order.
+A source is a named set, a file, standard input (`-`), or a hub set `organisation/name`, tried in this order. A file's name
+says by its ending what is in it; `csv:-` and `jsonl:export.dat` say it where there is no such name.
 """
 
 import os
@@ -13,13 +14,27 @@ from pathlib import Path
 from typing import Literal
 
 from expunge.errors import ExpungeError
+from expunge.lines import PACKED, STDIN, read_lines, unpacked
+from expunge.paths import expand
 from expunge.registry import did_you_mean
 
 Kind = Literal["pairs", "text", "labelled", "prompts", "corpus", "questions"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".tokens", ".raw")
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt", "tokens", "raw")
+"""What a file's name ends in, perhaps with one of PACKED after it, or what stands before a colon."""
+WEIGHTS = (".gguf", ".ggml", ".safetensors", ".bin", ".pt", ".pth", ".onnx")
+ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".z", ".lz4", ".lzma", ".br", ".sz")
+JSON_BEGINS = re.compile(r"\s*(?:\{\s*(?:[\"}]|$)|\[\s*(?:[{\]]|$))")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, or standard input where `path` is `-`, and the one of FORMATS that is in it."""
+
+    path: Path
+    format: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ NAMED = (
     NamedSet("builtin-validation", "pairs", "the same, for tuning", OWN, asset="pairs/validation.jsonl"),
     NamedSet("builtin-pplm", "pairs", "PPLM's continuations of the built-in model, training pairs", OWN,
              asset="pairs/pplm.jsonl"),
-    NamedSet("builtin-pplm-wikipedia", "pairs", "the same after sentences of WikiText-2, which are read from its train split",
+    NamedSet("builtin-pplm-wikipedia", "pairs", "the same after sentences of WikiText-2, read from its train split",
              OWN, asset="pairs/pplm-wikipedia.jsonl"),
     NamedSet("paradetox", "pairs", "toxic sentences and rewrites; the prompt is what both begin with", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
@@ -139,24 +154,78 @@ def local_file(entry: NamedSet) -> Path | None:
     folder = os.environ.get("EXPUNGE_DATA")
     if not folder or not entry.local:
         return None
-    path = Path(folder) / entry.local
+    path = Path(expand(folder)) / entry.local
     return path if path.exists() else None
 
 
-def locate(source: str | Path, *kinds: Kind) -> NamedSet | Path | str:
+def file_at(source: str | Path, default: str | None = None) -> File:
+    """The file that `source` names, which need not be there, and its format; default: where nothing tells it.
+
+    Standard input is looked at where no format is declared: JSON and Parquet are recognised, all else is lines of text.
+    Raises ExpungeError for a name that tells nothing, or tells of weights or an archive.
+    """
+    declared, path = _declared(source)
+    if declared:
+        return File(path, declared)
+    if str(path) == STDIN:
+        return File(path, default or _recognised())
+    ending = format_named(path)
+    if ending in FORMATS:
+        return File(path, ending)
+    if f".{ending}" in WEIGHTS:
+        raise ExpungeError(f"{path}: weights of a model, no text; a model is given as --model, its folder or its hub name")
+    if f".{ending}" in ARCHIVES:
+        raise ExpungeError(f"{path}: .{ending} is not read; unpack it, or pack it as {', '.join(PACKED)}")
+    if default:
+        return File(path, default)
+    known = ", ".join(f".{form}" for form in FORMATS[:-1])
+    raise ExpungeError(
+        f"{path}: unknown kind of file; use {known} or .{FORMATS[-1]}, or say what is in it, for example txt:{path.name}"
+    )
+
+
+def format_named(path: Path) -> str:
+    """What the name ends in, without a dot and what tells of compression: `jsonl` of `pairs.jsonl.gz`."""
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return inner.suffix.lower().removeprefix(".")
+
+
+def _declared(source: str | Path) -> tuple[str | None, Path]:
+    """`csv:PATH` as ("csv", PATH), what has no such beginning, or is a file of this whole name, with None."""
+    text = expand(source)
+    form, colon, rest = text.partition(":")
+    if colon and rest and form in FORMATS and not Path(text).exists():
+        return form, Path(rest)
+    return None, Path(text)
+
+
+def _recognised() -> str:
+    """The format of standard input."""
+    with unpacked(STDIN) as file:
+        if file.peek(4)[:4] == b"PAR1":
+            return "parquet"
+    first = next((line for _, line in read_lines(STDIN) if line.strip()), "")
+    return "json" if JSON_BEGINS.match(first) else "txt"
+
+
+def locate(source: str | Path, *kinds: Kind) -> NamedSet | File | str:
     """What `source` stands for: a named set of one of `kinds`, an existing file, or the name of a hub set.
 
     Raises ExpungeError, with what comes near, for a file that is not there and for a name that is none of these.
     """
     known = {name: entry for kind in reversed(kinds) for name, entry in named_sets(kind).items()}
-    text, path = str(source), Path(source)
+    text = expand(source)
     if text in known:
         return known[text]
-    if path.is_file():
-        return path
+    declared, path = _declared(source)
     if path.is_dir():
         raise ExpungeError(f"{source}: a folder; name one file in it")
-    if isinstance(source, Path) or path.suffix in FILE_TYPES:
+    if path.is_file() or str(path) == STDIN:
+        return file_at(source)
+    if path.exists():
+        raise ExpungeError(f"{source}: a pipe or a device; give it as standard input, {STDIN}")
+    ending = format_named(path)
+    if declared or isinstance(source, Path) or ending in FORMATS or f".{ending}" in (*WEIGHTS, *ARCHIVES):
         raise ExpungeError(f"{source}: no such file{_nearby(path)}")
     if HUB_NAME.fullmatch(text):
         return text
@@ -169,6 +238,6 @@ def locate(source: str | Path, *kinds: Kind) -> NamedSet | Path | str:
 
 def _nearby(path: Path) -> str:
     """`" (did you mean 'pairs.jsonl'?)"` where a data file beside `path` is called nearly so."""
-    files = [found.name for found in path.parent.glob("*") if found.suffix in FILE_TYPES]
+    files = [found.name for found in path.parent.glob("*") if format_named(found) in FORMATS]
     close = get_close_matches(path.name, files, n=1, cutoff=0.5)
     return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.data.chat import chat_pair
-from expunge.data.named import NamedSet, locate
+from expunge.data.named import File, NamedSet, locate
 from expunge.data.places import placed_pairs
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
@@ -57,13 +57,13 @@ def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pai
         path = str(source).removeprefix("pair-toxicity").removeprefix(":")
         if not path:
             raise ExpungeError("pair-toxicity: needs your copy of the file: pair-toxicity:PATH (JSON lines)")
-        return (parse_pair(row, where, fields=PAIR_TOXICITY) for where, row in read_records(Path(path)))
+        return (parse_pair(row, where, fields=PAIR_TOXICITY) for where, row in read_records(path))
     found = locate(source, "pairs")
     if isinstance(found, str):
         return (parse_pair(row, where, tokenizer) for where, row in hub_records(found, split or "train"))
     if split is not None:
         raise ExpungeError(f"{source}: split {split!r} is for hub sets; name the file or the set that holds it")
-    if isinstance(found, Path):
+    if isinstance(found, File):
         return (parse_pair(row, where, tokenizer) for where, row in read_records(found))
     if found.name == "paradetox":
         return paradetox_pairs(found)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from expunge.data.named import local_file, named_sets
-from expunge.data.records import Record, named_records, read_lines, read_records
+from expunge.data.records import Record, named_records, read_records
 from expunge.errors import ExpungeError
+from expunge.lines import read_lines
 
 WIKITEXT = "wikitext2-unk-train"
 WIKIPEDIA = "wikipedia-2015"

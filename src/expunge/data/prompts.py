@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.data.chat import chat_prompt
-from expunge.data.named import NamedSet, local_file, locate
+from expunge.data.named import File, NamedSet, local_file, locate
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
@@ -43,8 +43,8 @@ def load_prompts(source: str | Path, limit: int | None = None, tokenizer: Any = 
     return prompts
 
 
-def _records(found: NamedSet | Path | str) -> Iterable[Record]:
-    if isinstance(found, Path):
+def _records(found: NamedSet | File | str) -> Iterable[Record]:
+    if isinstance(found, File):
         return read_records(found)
     if isinstance(found, str):
         return hub_records(found)

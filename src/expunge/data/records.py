@@ -1,22 +1,23 @@
 """Rows of a file or a hub set, each with the place it came from, so that an error can name it.
 
-    for where, row in read_records(Path("pairs.jsonl")): ...      # ("pairs.jsonl:1", {"prompt": ...})
+    for where, row in read_records("pairs.jsonl"): ...            # ("pairs.jsonl:1", {"prompt": ...})
+    for where, row in read_records("csv:-"): ...                  # ("standard input:2", {"prompt": ...})
 
 JSON lines, CSV, TSV, Parquet and plain text (one row `{"text"}` per line that is not blank) are read row by row; a JSON
-list is read whole.
+list is read whole. `expunge.lines` gives the lines.
 """
 
-import codecs
-import csv
+import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, TypeVar
 
-from expunge.data.named import NamedSet, local_file
+from expunge.data import tables
+from expunge.data.named import File, NamedSet, file_at, local_file
 from expunge.errors import ExpungeError
+from expunge.lines import called, read_lines, read_text, unpacked
 from expunge.rows import STRICT, SURROGATE, check_text, parse_object
 
 T = TypeVar("T")
@@ -24,58 +25,28 @@ Record = tuple[str, dict[str, Any]]
 
 PARQUET_ROWS = 1024  # read at once
 
-csv.field_size_limit(sys.maxsize)
 
+def read_records(source: File | Path | str, header: tuple[str, ...] | None = None) -> Iterator[Record]:
+    """`(place, row)` of every row of a file or of standard input. header: of a table that has none of its own.
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """`(place, line)` of a text file, each line with its end; a byte order mark before the first is left out.
-
-    Raises ExpungeError where the file is not there, not UTF-8, or holds a NUL byte.
+    Raises ExpungeError, with the place, for what is not of its format.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if b"\0" in line:
-                    raise ExpungeError(
-                        f"{path}:{number}: a NUL byte, so not UTF-8 text but UTF-16 or a binary file; convert it"
-                    )
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ExpungeError(
-                        f"{path}:{number}: not UTF-8 text (byte {error.start + 1} of the line); convert the file to UTF-8"
-                    ) from None
-                yield f"{path}:{number}", text
-    except FileNotFoundError:
-        raise ExpungeError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ExpungeError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_text(path: Path) -> str:
-    """The whole of a text file, line ends as they are."""
-    return "".join(line for _, line in read_lines(path))
-
-
-def read_records(path: Path, header: tuple[str, ...] | None = None) -> Iterator[Record]:
-    """`(place, row)` of every row of a file, read by what its name ends in. header: of a table that has none of its own."""
-    match path.suffix.lower():
-        case ".jsonl":
-            return _json_lines(path)
-        case ".json":
-            first = next((line for _, line in read_lines(path) if line.strip()), "")
-            return _json_list(path) if first.lstrip().startswith("[") else _json_lines(path)
-        case ".csv":
-            return _table(path, ",", header)
-        case ".tsv":
-            return _table(path, "\t", header)
-        case ".parquet":
-            return _parquet(path)
-        case ".txt":
-            return ((where, {"text": line.rstrip("\r\n")}) for where, line in read_lines(path) if line.strip())
-    raise ExpungeError(f"{path}: unknown kind of file; use .jsonl, .json, .csv, .tsv, .parquet or .txt")
+    file = source if isinstance(source, File) else file_at(source)
+    match file.format:
+        case "jsonl":
+            return _json_lines(file.path)
+        case "json":
+            first = next((line for _, line in read_lines(file.path) if line.strip()), "")
+            return _json_list(file.path) if first.lstrip().startswith("[") else _json_lines(file.path)
+        case "csv":
+            return tables.read_csv(file.path, header)
+        case "tsv":
+            return tables.read_tsv(file.path, header)
+        case "parquet":
+            return _parquet(file.path)
+        case "txt":
+            return ((where, {"text": line.rstrip("\n")}) for where, line in read_lines(file.path) if line.strip())
+    raise ExpungeError(f"{called(file.path)}: running text, which has no rows; for one row a line it is txt:{file.path}")
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -83,19 +54,19 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _json_list(path: Path) -> Iterator[Record]:
-    text = read_text(path)
+    text, name = read_text(path), called(path)
     escaped = SURROGATE.search(text)
     at, number, separator = text.index("["), 0, ","
     while separator == ",":
         number += 1
-        where = f"{path}: item {number}"
+        where = f"{name}: item {number}"
         at = _after_blanks(text, at + 1)
         if number == 1 and text.startswith("]", at):
             break
         try:
             row, at = STRICT.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise ExpungeError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+            raise ExpungeError(f"{name}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
         except (ValueError, RecursionError) as error:
             raise ExpungeError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
@@ -107,40 +78,28 @@ def _json_list(path: Path) -> Iterator[Record]:
         separator = text[at : at + 1]
     if not text.startswith("]", at) or text[at + 1 :].strip():
         line = text.count("\n", 0, at) + 1
-        raise ExpungeError(f"{path}:{line}: not valid JSON (after item {number} there should be a comma or the list's end)")
+        raise ExpungeError(f"{name}:{line}: not valid JSON (after item {number} there should be a comma or the list's end)")
 
 
 def _after_blanks(text: str, at: int) -> int:
     return WHITESPACE.match(text, at).end()
 
 
-def _table(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Iterator[Record]:
-    lines = (line for _, line in read_lines(path))
-    reader = csv.DictReader(lines, header, delimiter=delimiter, strict=True)
-    try:
-        names = reader.fieldnames or []
-        if twice := [name for name in names if list(names).count(name) > 1]:
-            raise ExpungeError(f"{path}:1: the header names {twice[0]!r} twice")
-        for row in reader:
-            if None in row or None in row.values():
-                raise ExpungeError(f"{path}:{reader.line_num}: not as many fields as the header names")
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as error:
-        raise ExpungeError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
-
-
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
-    number = 0
+    number, name = 0, called(path)
+    with unpacked(path) as opened:
+        plain = opened.seekable() and isinstance(opened.raw, io.FileIO)
+        place: Any = path if plain else io.BytesIO(opened.read())  # it is read from its end
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(place) as file:
             for batch in file.iter_batches(PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{name}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ExpungeError(f"{path}: not valid Parquet ({str(error).splitlines()[0]})") from None
+        raise ExpungeError(f"{name}: not valid Parquet ({str(error).splitlines()[0]})") from None
 
 
 def hub_records(name: str, split: str = "train", config: str | None = None) -> Iterator[Record]:

@@ -18,14 +18,16 @@ from typing import Any, Literal
 from expunge.data.chat import chat_text
 from expunge.data.corpora import load_corpus, passages
 from expunge.data.labelled import labelled_rows
-from expunge.data.named import NamedSet, locate
+from expunge.data.named import File, NamedSet, locate
 from expunge.data.pairs import paradetox_texts, text_of
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
 Side = Literal["forget", "retain"]
 
-RUNNING = (".tokens", ".raw")
+PASSAGES = ("tokens", "raw")
+"""Formats of running text that is cut into passages; a .txt is one text a line."""
+
 LABELS = {"true": True, "false": False}
 
 
@@ -92,7 +94,7 @@ def load_texts(
     Raises ExpungeError, one line with file and line number, for a row that is no such text.
     """
     found = locate(source, "text", "labelled", "corpus")
-    read = partial(_read, found, side, tokenizer, passage)
+    read = partial(_read, source, found, side, tokenizer, passage)
     if _is_running(found):  # in memory anyway, and slow to cut twice
         cut = list(read())
         read = lambda: cut  # noqa: E731
@@ -102,12 +104,12 @@ def load_texts(
     return texts
 
 
-def _read(found: NamedSet | Path | str, side: Side, tokenizer: Any, passage: int) -> Iterator[Text]:
+def _read(source: str | Path, found: NamedSet | File | str, side: Side, tokenizer: Any, passage: int) -> Iterator[Text]:
     if isinstance(found, str):
         return _parsed(hub_records(found), side, tokenizer)
     if _is_running(found):
-        return _passages(found if isinstance(found, Path) else found.name, tokenizer, passage)
-    if isinstance(found, Path):
+        return _passages(source, tokenizer, passage)
+    if isinstance(found, File):
         return _parsed(read_records(found), side, tokenizer)
     if found.kind == "labelled":
         return (Text("", text) for text, bad in labelled_rows(named_records(found)) if bad == (side == "forget"))
@@ -118,10 +120,10 @@ def _read(found: NamedSet | Path | str, side: Side, tokenizer: Any, passage: int
     return _parsed(named_records(found), side, tokenizer)
 
 
-def _is_running(found: NamedSet | Path | str) -> bool:
+def _is_running(found: NamedSet | File | str) -> bool:
     """Text that is cut into passages, not rows of text."""
-    if isinstance(found, Path):
-        return found.suffix.lower() in RUNNING
+    if isinstance(found, File):
+        return found.format in PASSAGES
     return isinstance(found, NamedSet) and found.kind == "corpus"
 
 

@@ -28,6 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 from expunge.adapters import Adapter
 from expunge.errors import ExpungeError
 from expunge.models.forward import body
+from expunge.paths import expand
 from expunge.registry import did_you_mean
 from expunge.steering import Steering, is_steered
 
@@ -147,6 +148,7 @@ def local_folders(name: str | Path) -> list[Path]:
 
 def _source(name: str | Path) -> str:
     """A folder by its whole path: an adapter that is saved names its base so, and is then found from anywhere."""
+    name = expand(name)
     if str(name) in BUILTINS:
         return str(BUILTINS[str(name)])
     if str(name).startswith("builtin:"):

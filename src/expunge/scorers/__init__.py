@@ -5,6 +5,7 @@ scorer.score(["a kind word"])          # array([0.02...])
 """
 
 from expunge.errors import ExpungeError
+from expunge.paths import expand
 from expunge.registry import Registry, UnknownName
 from expunge.scorers.base import Scorer
 
@@ -23,6 +24,7 @@ def load_scorer(name: str) -> Scorer:
 
     `hf:NAME[@LABEL]` is a classifier, `perspective:ATTRIBUTE` an attribute of Perspective other than TOXICITY.
     """
+    name = expand(name)
     if name.startswith("hf:"):
         from expunge.scorers.classifier import ClassifierScorer
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from expunge.config import cache_folder
 from expunge.errors import ExpungeError
+from expunge.paths import expand
 from expunge.registry import did_you_mean
 from expunge.scorers.base import Scorer
 from expunge.scorers.cache import ScoreCache, content_key
@@ -82,7 +83,7 @@ class PerspectiveScorer(Scorer):
         self.service = f"{self.url} {LANGUAGE}"
         self.digest = hashlib.sha256(json.dumps([self.service, self.attributes]).encode()).hexdigest()
         file = os.environ.get("EXPUNGE_PERSPECTIVE_CACHE")
-        self.cache = ScoreCache(cache or (Path(file) if file else cache_folder("perspective") / "scores.jsonl"))
+        self.cache = ScoreCache(cache or (Path(expand(file)) if file else cache_folder("perspective") / "scores.jsonl"))
         # a run must not train for hours first
         if not _key() and not len(self.cache):
             raise ExpungeError(
