@@ -15,10 +15,11 @@ PACKAGE = Path(expunge.__file__).parent
 FACES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # these may name anything
 FILES = sorted(set(PACKAGE.rglob("*.py")) - FACES)
 
-LEAVES = {"errors", "registry", "config", "whole", "rows"}
+LEAVES = {"errors", "registry", "config", "whole", "rows", "ids"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": set(),
+    "ids": {"errors"},
     "whole": {"errors"},
     "rows": {"errors", "whole"},
     "claim": {"errors", "whole"},

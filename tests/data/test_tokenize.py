@@ -4,8 +4,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from expunge.data import Pair, Text, TokenizedPair, Unpaired, tokenize_pairs, tokenize_unpaired
-from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
+from expunge.ids import leading_tokens
 
 
 def ids(tokenizer, text):

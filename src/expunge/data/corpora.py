@@ -15,8 +15,8 @@ from expunge.data.named import NamedSet, local_file, locate
 from expunge.data.pairs import load_pairs
 from expunge.data.prompts import load_prompts
 from expunge.data.records import Record, hub_records, named_records, read_text
-from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 
 WORD = re.compile(r"\s*\S+")
 

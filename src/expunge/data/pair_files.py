@@ -20,8 +20,9 @@ from expunge.data.builders import BuildReport, build_pairs
 from expunge.data.labelled import load_probe_data
 from expunge.data.pairs import Pair
 from expunge.data.selection import Selection
-from expunge.data.tokenize import encode, tokenize_labelled, tokenize_pairs
+from expunge.data.tokenize import tokenize_labelled, tokenize_pairs
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 from expunge.models import context_length, weights_digest
 from expunge.probes import Probe, fit_probe, pooled_states
 from expunge.provenance import digest
