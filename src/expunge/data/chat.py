@@ -5,8 +5,8 @@
 Beside its messages a row may have what the template takes, as TRL's rows have it: `tools` (JSON schemas), `documents` and
 `chat_template_kwargs`; and `system`, text that goes before the messages as a turn of that role.
 
-The prompt ends where the template lets the model speak, found in tokens: what the prompt alone and prompt with answer have in
-common. The rendered text keeps the template's own bos; `expunge.ids` sees to it that no tokenizer adds a second one.
+The prompt ends where the template lets the model speak, found in tokens: what the prompt alone and the prompt with its
+answers begin with. The text keeps the template's own bos, and `expunge.ids` adds no second one.
 """
 
 import json
