@@ -127,13 +127,8 @@ def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str
     _, truncation = tokenize_pairs(pairs, tokenizer)
     texts = {side: [getattr(pair, side) for pair in pairs] for side in ("prompt", "chosen", "rejected")}
     scores = {side: scorer.score(found) for side, found in texts.items()}
-    split = split_pairs(tokenizer, pairs)
-    ids = {
-        "prompt": [p for p, _, _ in split],
-        "chosen": [s[0] for _, s, _ in split],
-        "rejected": [s[1] for _, s, _ in split],
-    }
-    lengths = {side: np.array(list(map(len, found))) for side, found in ids.items()}
+    sizes = np.array([[len(prompt), *map(len, sides)] for prompt, sides, _ in split_pairs(tokenizer, pairs)])
+    lengths = dict(zip(texts, sizes.T, strict=True))
     repeated = {side: len(found) - len(set(found)) for side, found in texts.items()}
     above = float(np.mean(scores["rejected"] > scores["chosen"]))
     longer = float(np.mean(lengths["rejected"] > lengths["chosen"]) + np.mean(lengths["rejected"] == lengths["chosen"]) / 2)
