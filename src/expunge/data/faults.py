@@ -23,7 +23,7 @@ SHOWN = 40  # characters
 def text_faults(pairs: Sequence[Pair], tokenizer: Any) -> list[str]:
     """One line for each kind of fault that is there, with how many pairs have it and the first, from 1.
 
-    A model that continues prompts ends some words itself, and is cut off after some spaces. So a few pairs of these two kinds
+    A model that continues prompts ends some words itself, and is cut off after some spaces. So a few such pairs
     are no fault. tokenizer: whose special tokens and chat template say which markers are the model's own.
     """
     special = sorted({token for token in _special_tokens(tokenizer) if token}, key=len, reverse=True)
