@@ -156,7 +156,7 @@ class Template:
                 bare = self.render([*turns[:place], {"role": turn["role"], "content": ""}, *turns[place + 1 :]])
             except ExpungeError:  # a template that refuses an empty turn has been given another
                 continue
-            if text.split() == bare.split():
+            if "".join(text.split()) == "".join(bare.split()):
                 calls = ", and the chat template does not show its tool calls" if turn.get("tool_calls") else ""
                 raise ExpungeError(
                     f"{self.where}: message {place - first + 1} of {field!r} is an empty turn: its content is blank{calls}; "
