@@ -172,6 +172,7 @@ def test_what_was_cut_and_what_is_empty_is_counted(tiny_model, tokenizer, evalua
     found = evaluate_model(mute, tokenizer, EvaluationData(prompts), plan, SCORERS).counts()
     assert found["prompts"] == {"c": 2, "d": 1} and found["prompts_cut"] == {"c": 1, "d": 0}
     assert found["empty_continuations"] == {"c greedy": 2, "c sampled": 8, "d greedy": 1, "d sampled": 4}
+    assert found["ended_continuations"] == found["empty_continuations"]
     written = [sample for sample in evaluation.samples if not sample["continuation"].strip()]
     assert sum(evaluation.counts()["empty_continuations"].values()) == len(written)
 

@@ -288,6 +288,7 @@ class _Evaluator:
                     {
                         "dataset": asked.dataset, "decode": decode, "side": asked.sides[0], "k": asked.k,
                         "prompt_id": prompt_id, "prompt": prompt, "sample": sample, "continuation": text,
+                        "ended": len(answers[row][sample]) < decoding.max_new_tokens,
                         "scores": {name: round(float(matrix[row, sample]), 6) for name, matrix in scores.items()},
                     }
                 )  # fmt: skip
