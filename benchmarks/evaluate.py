@@ -16,8 +16,8 @@ import torch
 
 from engine import resident
 from expunge import load_model, load_pairs
-from expunge.data.tokenize import encode
 from expunge.generation import Decoding, generate
+from expunge.ids import encode
 from expunge.provenance import environment
 from expunge.rows import write_lines
 

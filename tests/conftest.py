@@ -3,10 +3,11 @@
 import gc
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,6 +76,69 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same with a bos before every text, like Llama's."""
     return _train_bpe(bos="<bos>")
+
+
+SENTENCES = [
+    "The river runs past the old mill and on to the sea.",
+    "She carried the kind letter home and read it by the window, at 10:45!",
+    "They planted apple trees, in two long rows; behind the house?",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9 é 雨 \n",
+]
+SPECIAL = ("<eos>", "<bos>", "<|user|>", "<unk>")
+AROUND = {"plain": "$A", "bos": "<bos> $A", "eos": "$A <eos>", "bos and eos": "<bos> $A <eos>"}
+
+
+def _family(kind: str, around: str = "plain") -> PreTrainedTokenizerFast:
+    """A tokenizer that differs from others in what GPT-2's, Llama's and Mistral's differ in.
+
+    kind: byte-level, metaspace (always, first, never), unigram, or prepend: as Llama 2 and Mistral v0.1 have it, by a
+    normaliser and without splitting at words. around: a key of AROUND.
+    """
+    inner = _byte_level() if kind == "byte-level" else _sentencepiece(kind)
+    used = [(token, inner.token_to_id(token)) for token in ("<bos>", "<eos>") if token in AROUND[around]]
+    if used:
+        inner.post_processor = processors.TemplateProcessing(single=AROUND[around], special_tokens=used)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>" if "bos" in around else None,
+        eos_token="<eos>",
+        additional_special_tokens=["<|user|>"],
+    )
+
+
+def _byte_level() -> Tokenizer:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=420, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False),
+    )
+    return inner
+
+
+def _sentencepiece(kind: str) -> Tokenizer:
+    settings = {"vocab_size": 300, "special_tokens": [*SPECIAL], "show_progress": False}
+    scheme = kind.removeprefix("metaspace ") if kind.startswith("metaspace") else "always"
+    if kind == "unigram":
+        inner, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="<unk>", **settings)
+    else:
+        inner, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**settings)
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    inner.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    inner.train_from_iterator(SENTENCES, trainer)
+    if kind == "prepend":
+        inner.pre_tokenizer = None
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return inner
+
+
+@pytest.fixture(scope="session")
+def family() -> Callable[..., PreTrainedTokenizerFast]:
+    """`family("prepend", "bos")`: see `_family`."""
+    return cache(_family)
 
 
 ARCHITECTURES = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expunge.errors import ExpungeError
-from expunge.generation import Decoding, generate, keyed_top_p, splitmix64
+from expunge.generation import Decoding, end_tokens, generate, keyed_top_p, splitmix64, until_end
 
 PROMPTS = [[5], [9, 40, 77, 12, 3], [8, 8], [], [100, 31, 64, 7, 2, 90, 11], [9, 40, 77, 12, 3]]
 
@@ -62,6 +62,28 @@ def test_a_continuation_ends_before_eos(tiny_model, tokenizer):
     free = generate(model, tokenizer, [PROMPTS[4]], Decoding(12))[0][0]
     tokenizer = type("Tokenizer", (), {"eos_token_id": free[3], "bos_token_id": None})()
     assert generate(model, tokenizer, [PROMPTS[4]], Decoding(12))[0][0] == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_continuation_ends_before_any_end_token_of_the_model(tiny_model, tokenizer, samples):
+    """As a chat model's: its `generation_config` names the end of a turn, the tokenizer the end of a text."""
+    model = tiny_model(dtype=torch.float64)
+    decoding = Decoding(12, samples=samples)
+    free = generate(model, tokenizer, PROMPTS, decoding)
+    first, second = free[4][0][3], free[1][0][5]
+    for ends in (first, [second, first]):
+        model.generation_config.eos_token_id = ends
+        named = {ends} if isinstance(ends, int) else set(ends)
+        assert end_tokens(model, tokenizer) == sorted(named | {tokenizer.eos_token_id})
+        cut = [[until_end(ids, named) for ids in group] for group in free]
+        assert generate(model, tokenizer, PROMPTS, decoding) == cut != free
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_an_id_that_the_model_does_not_know_is_one_line(tiny_model, tokenizer):
+    with pytest.raises(ExpungeError, match="id 320, and the model's embedding has 320 rows: resize it"):
+        generate(tiny_model(), tokenizer, [[1], [5, 320]], Decoding())
 
 
 def test_a_prompt_without_room_names_itself(tiny_model, tokenizer):

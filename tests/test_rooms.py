@@ -15,12 +15,13 @@ PACKAGE = Path(expunge.__file__).parent
 FACES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # these may name anything
 FILES = sorted(set(PACKAGE.rglob("*.py")) - FACES)
 
-LEAVES = {"errors", "registry", "config", "whole", "rows", "lines", "paths"}
+LEAVES = {"errors", "registry", "config", "whole", "rows", "lines", "paths", "ids"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": set(),
     "lines": {"errors"},
     "paths": {"errors"},
+    "ids": {"errors"},
     "whole": {"errors"},
     "rows": {"errors", "whole"},
     "claim": {"errors", "whole"},

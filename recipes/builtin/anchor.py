@@ -14,7 +14,7 @@ from pairs import ASSETS, STYLES, clean, evaluation_text
 
 from expunge import load_model
 from expunge.data.harvest import sample_texts
-from expunge.data.tokenize import encode
+from expunge.ids import encode
 from expunge.rows import write_lines
 from expunge.scorers import load_scorer
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from expunge import assembly, load_model
 from expunge.config import RunConfig, load_config
-from expunge.data.tokenize import encode
+from expunge.ids import encode
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import rows
 from expunge.redteam import measured_data, measured_plan

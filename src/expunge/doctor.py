@@ -26,7 +26,8 @@ from expunge.assembly import (
 from expunge.config import RunConfig
 from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.estimate import SHARE, CannotEstimate, estimate, matrix_rate, rows_of, texts_of
-from expunge.models import loading_options
+from expunge.ids import check_known
+from expunge.models import known_of, loading_options
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,14 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
     if paired := not isinstance(data, Unpaired):
         rows, cut = tokenize_pairs(data, tokenizer, *limits)
         longest, usual, truncation = *rows_of(rows, batch), str(cut)
+        texts = [ids for row in rows for ids in (row.prompt, row.chosen, row.rejected)]
     else:
         sides, by_side = tokenize_unpaired(data, tokenizer, *limits)
         rows = sides["forget"]
         longest, usual = texts_of([*rows, *sides["retain"]], 2 * batch)
         truncation = {side: str(cut) for side, cut in by_side.items()}
+        texts = [ids for side in sides.values() for row in side for ids in row]
+    check_known(texts, known_of(outline), tokenizer)
     lora = None if config.lora is None else {key: value for key, value in config.lora.items() if key != "merge"}
     dtype = loading_options(config.dtype or "float32")["dtype"]
     settings: dict[str, Any] = {

@@ -18,8 +18,9 @@ from expunge.data.rows import PairRows
 from expunge.data.tokenize import TokenizedText, tokenize_labelled
 from expunge.errors import ExpungeError
 from expunge.folding import fold
+from expunge.ids import check_known
 from expunge.methods import Material, Method
-from expunge.models import context_length, depth, inner_model
+from expunge.models import context_length, depth, inner_model, known_tokens
 
 log = logging.getLogger("expunge")
 
@@ -49,6 +50,8 @@ def fit_and_apply(
     placed = method.placed(depth(model))
     labelled = tokenize_labelled(probe_data, tokenizer, min(sum(limits), context_length(model)))
     sides = _sides(train_dataset, tokenizer, *limits) if train_dataset else {"forget": [], "retain": []}
+    rows = [prompt + continuation for side in sides.values() for prompt, continuation in side]
+    check_known([*rows, *(ids for ids, _ in labelled)], known_tokens(model), tokenizer)
     with torch.random.fork_rng():
         steering = placed.fit(Material(model, sides["forget"], labelled, sides["retain"], perplexity))
     folded = fold(model, steering)

@@ -10,10 +10,10 @@ The noise hangs on the token, not on the batch or the device, so a reference and
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import DynamicLayer
 
 from expunge.errors import ExpungeError
-from expunge.models import context_length, evaluating, in_batches, inner_model
+from expunge.ids import check_known, with_start
+from expunge.models import context_length, evaluating, in_batches, inner_model, known_tokens
 
 TOP = 1024
 """Logits that are sorted at every step; a row whose nucleus is wider is raced in full, without sorting."""
@@ -53,40 +54,50 @@ def generate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """New token ids per prompt and sample, in input order, cut before the tokenizer's end of text.
+    """New token ids per prompt and sample, in input order, cut before the first of `end_tokens`.
 
-    prompts: token ids; an empty prompt starts from the tokenizer's bos (or eos). batch_size: rows at once, chosen by
-    memory if None, halved when the device runs out of it. progress: called with (rows done, rows in all).
-    The model's own `generation_config` (penalties, top_k, forced tokens, ...) plays no part.
-    Raises ExpungeError for a prompt that does not leave room for `max_new_tokens` in the context.
+    So a continuation of fewer than `max_new_tokens` ids has ended. prompts: token ids; an empty prompt starts from the
+    tokenizer's bos (or eos). batch_size: rows at once, chosen by memory if None, halved when the device runs out of it.
+    progress: called with (rows done, rows in all). Of the model's own `generation_config` the end tokens alone play a part
+    (no penalties, top_k, forced tokens, ...).
+    Raises ExpungeError for a prompt that does not leave room for `max_new_tokens` in the context, and for an id that the
+    model does not know.
     """
     keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
     check_room(model, keys, decoding.max_new_tokens)
     distinct = sorted(set(keys), key=len, reverse=True)
     rows = [(number, sample) for number in range(len(distinct)) for sample in range(decoding.samples or 1)]
     done: dict[Row, list[int]] = {}
+    ends = end_tokens(model, tokenizer)
     with _quiet_inference(model) as inner:
         size = batch_size or _rows_that_fit(inner, max(map(len, distinct), default=0) + decoding.max_new_tokens)
 
         def work(batch: Sequence[Row]) -> None:
-            done.update(zip(batch, _continue_rows(inner, tokenizer, distinct, batch, decoding), strict=True))
+            done.update(zip(batch, _continue_rows(inner, ends, distinct, batch, decoding), strict=True))
 
         in_batches(rows, lambda _: size, work, progress)
     number_of = {key: number for number, key in enumerate(distinct)}
     return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
 
 
-def with_start(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """`ids`, or where there are none the token that starts a text: bos, else eos."""
-    if ids:
-        return list(ids)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ExpungeError("empty prompt: the tokenizer has neither bos nor eos to start from; give a prompt")
-    return [start]
+def end_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
+    """Every token at which a continuation ends: those of the model's `generation_config`, and the tokenizer's eos.
+
+    A chat model ends its turn with another token than a text, and its `generation_config` names both.
+    """
+    named = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return sorted({token for token in (*named, tokenizer.eos_token_id) if token is not None})
+
+
+def until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """`ids` before the first that is one of `ends`."""
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise ExpungeError for a prompt that leaves no room for `new` tokens, and for an id that the model does not know."""
+    check_known(prompts, known_tokens(model))
     context = context_length(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) + new > context:
@@ -120,16 +131,15 @@ def _rows_that_fit(model: PreTrainedModel, length: int) -> int:
 
 
 def _continue_rows(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[tuple[int, ...]], rows: Sequence[Row], decoding: Decoding
+    model: PreTrainedModel, ends: list[int], prompts: list[tuple[int, ...]], rows: Sequence[Row], decoding: Decoding
 ) -> list[list[int]]:
     """New ids of each row of one batch. Samples of a prompt share its prefill."""
     first = rows[0][0]
     ids, mask = _left_padded(prompts[first : rows[-1][0] + 1], model.device)
     prompt_of = torch.tensor([number - first for number, _ in rows], device=model.device)
-    eos = tokenizer.eos_token_id
     last = set(ids[:, -2:].flatten().tolist())
     pad = next(token for token in count() if token not in last)  # else transformers takes a last token for padding
-    settings = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False, "use_cache": True}
+    settings = {"eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False, "use_cache": True}
     processors = LogitsProcessorList()
     if decoding.samples:
         keys = [sample_key(decoding.seed, prompts[number], sample) for number, sample in rows]
@@ -146,7 +156,7 @@ def _continue_rows(
         logits_processor=processors,
     )
     new = output[:, ids.shape[1] :].tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in new]
+    return [until_end(row, ends) for row in new]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

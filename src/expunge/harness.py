@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.processors import TemplateProcessing
 
 from expunge.data.multiple_choice import SHOTS, load_questions
 from expunge.errors import ExpungeError
+from expunge.ids import encode, leading_tokens
 from expunge.metrics.figures import Figure, Key
 from expunge.models import context_length, evaluating
 from expunge.provenance import digest, digest_all
@@ -109,12 +111,15 @@ def _load(manager: Any, tasks: Sequence[str]) -> list[Any]:
 
 
 def harness_model(model: Any, tokenizer: Any, batch_size: int = 16) -> Any:
-    """The model as the harness takes it: its context as we measure it, its softmax in float32 whatever the weights are."""
+    """The model as the harness takes it: its context as we measure it, its softmax in float32 whatever the weights are.
+
+    Of what the tokenizer puts around a text it keeps what stands before: after an eos there is no answer.
+    """
     check_harness()
     from lm_eval.models import huggingface
 
     wrap: Any = huggingface.HFLM
-    tokenizer = copy.deepcopy(tokenizer)  # it is given a pad token
+    tokenizer = _without_trailing(copy.deepcopy(tokenizer))  # it is given a pad token
     tokenizer.model_max_length = sys.maxsize  # what is too long is cut later, not complained of
     return wrap(
         pretrained=model,
@@ -124,6 +129,20 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int = 16) -> Any:
         softmax_dtype="float32",
         batch_size=batch_size,
     )
+
+
+def _without_trailing(tokenizer: Any) -> Any:
+    """The tokenizer, changed where it puts special tokens after a text: now it puts none there."""
+    lead = leading_tokens(tokenizer)
+    if tokenizer("a")["input_ids"] == lead + encode(tokenizer, "a"):
+        return tokenizer
+    if not tokenizer.is_fast:
+        raise ExpungeError("evaluation.harness: the tokenizer appends special tokens to a text; switch that off and save it")
+    names = tokenizer.convert_ids_to_tokens(lead)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, lead, strict=True))
+    )
+    return tokenizer
 
 
 def check_harness(tasks: Sequence[str] = ()) -> None:

@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from expunge.errors import ExpungeError
-from expunge.models import Layer, hidden_states, in_batches
+from expunge.ids import check_known
+from expunge.models import Layer, hidden_states, in_batches, known_tokens
 
 BATCH_TOKENS = 8192
 CHANCE = 0.6  # an area under the curve below which a probe is as good as none
@@ -65,6 +66,7 @@ def pooled_states_at(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Layer, torch.Tensor]:
     """`pooled_states` of several layers, in one forward of each row."""
+    check_known(rows, known_tokens(model))
     if not all(rows):
         raise ExpungeError("a text without tokens has no states; leave it out")
     device = next(model.parameters()).device

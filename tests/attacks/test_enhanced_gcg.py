@@ -18,8 +18,8 @@ from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import GCG
 from expunge.attacks.prefixes import PrefixLosses, repetition
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
-from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
+from expunge.ids import encode, leading_tokens
 from expunge.models import frozen
 from expunge.steering import Shift, Steering
 

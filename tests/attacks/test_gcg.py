@@ -13,9 +13,9 @@ from expunge.attacks import AttackData, Budget, cases, gcg
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.gcg import GCG, candidates, kept_after_probing, probe_sample, random_strings
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets, round_trips
-from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.ids import encode
 from expunge.models import frozen
 
 TRIGGER, WANTED, SAID = " and", " wind", " kind"

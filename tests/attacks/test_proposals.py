@@ -8,8 +8,8 @@ import torch
 
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
 from expunge.attacks.tokens import allowed_tokens
-from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 
 WEIGHTS = {"gcg": 0.7, "delete": 0.1, "insert": 0.1, "swap": 0.1}
 STRING = [5, 6, 7, 6]

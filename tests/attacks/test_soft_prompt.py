@@ -12,9 +12,9 @@ from expunge.attacks import AttackData, Budget
 from expunge.attacks import soft_prompt as room
 from expunge.attacks.soft_prompt import SoftPrompt, soft_losses
 from expunge.attacks.tokens import Target
-from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.ids import encode, leading_tokens
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.steering import Shift, Steering
 

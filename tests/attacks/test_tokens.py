@@ -15,8 +15,8 @@ from expunge.attacks.tokens import (
     typed_anywhere,
     without_bos,
 )
-from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 from expunge.metrics.evaluation import EvaluationPlan
 
 

@@ -8,8 +8,8 @@ import pytest
 from expunge.data.builders import BestOfN, build_pairs
 from expunge.data.harvest import cuts, sample_texts
 from expunge.data.selection import Candidate, jaccard, select
-from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
+from expunge.ids import continuation_text
 from expunge.scorers import Scorer
 
 RECIPE = BestOfN(samples=3, min_tokens=4, max_new_tokens=8)

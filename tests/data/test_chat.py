@@ -1,11 +1,16 @@
 """Conversations: as TRL renders them, one bos, and a line for each thing that can be wrong."""
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
-from trl import apply_chat_template, extract_prompt
+from datasets import Dataset
+from trl import DPOTrainer, apply_chat_template, extract_prompt
 
-from expunge.data import Pair, load_pairs, load_prompts, tokenize_pairs
+from expunge.data import Pair, load_pairs, load_prompts, load_texts, tokenize_pairs
+from expunge.data import chat as chat_module
+from expunge.data.tokenize import tokenize_texts
 from expunge.errors import ExpungeError
 
 CHATML = (
@@ -67,6 +72,168 @@ def test_a_template_with_a_bos_gives_one_bos(write, bos_tokenizer):
     assert row.prompt.count(tokenizer.bos_token_id) == 1
     whole = tokenizer.apply_chat_template(ROWS["explicit"]["prompt"], add_generation_prompt=True)["input_ids"]
     assert row.prompt == whole
+
+
+TOOLS = (  # as templates in use do it: tools and documents before the turns, calls in place of content
+    "{% if tools %}<|system|>{{ tools|tojson }}<eos>\n{% endif %}{% if documents %}<|docs|>{{ documents|tojson }}<eos>\n"
+    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function|tojson }}</call>{% endfor %}"
+    "{% if shout is defined %}!{% endif %}{% if not (continue_final_message and loop.last) %}<eos>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+WITH_TOOLS = {
+    "prompt": [user("Weather?")],
+    "chosen": [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    "rejected": [assistant("How should I know")],
+    "tools": [TOOL],
+}
+
+
+def test_tools_documents_and_arguments_reach_the_template_as_trl_gives_them(write, chat):
+    chat.chat_template = TOOLS
+    kwargs = {"shout": True}
+    row = {**WITH_TOOLS, "chat_template_kwargs": kwargs}
+    [pair] = load_pairs(write("a.jsonl", row), tokenizer=chat)
+    assert vars(pair) == apply_chat_template({k: v for k, v in row.items() if k != "tools"}, chat, tools=[TOOL])
+    assert '"weather"' in pair.prompt and "!" in pair.prompt and pair.chosen.startswith("<call>{")
+    as_text = {**row, "tools": json.dumps([TOOL]), "chat_template_kwargs": json.dumps(kwargs)}
+    assert load_pairs(write("b.jsonl", as_text), tokenizer=chat) == [pair]
+    completion = {"prompt": row["prompt"], "completion": row["chosen"], "tools": [TOOL]}
+    [text] = load_texts(write("c.jsonl", completion), "forget", tokenizer=chat)
+    assert '"weather"' in text.prompt and text.completion.startswith("<call>{")
+    [prompt] = load_prompts(write("d.jsonl", {"prompt": row["prompt"], "documents": [{"text": "Sun"}]}), tokenizer=chat)
+    assert prompt.text.startswith('<|docs|>[{"text": "Sun"}]<eos>')
+    path = write("e.jsonl", {"messages": [*row["prompt"], *row["chosen"]], "tools": [TOOL]})
+    [whole] = load_texts(path, "forget", tokenizer=chat)
+    assert '"weather"' in whole.completion and whole.completion.endswith("</call><eos>\n")
+
+
+def test_a_turn_may_be_a_tool_call_alone(write, chat):
+    """In the answer and before it, with null, blank or no content."""
+    chat.chat_template = TOOLS
+    wanted = load_pairs(write("a.jsonl", WITH_TOOLS), tokenizer=chat)
+    for turn in ({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "assistant", "tool_calls": [CALL]}):
+        assert load_pairs(write("b.jsonl", {**WITH_TOOLS, "chosen": [turn]}), tokenizer=chat) == wanted
+        before = [user("Weather?"), turn, {"role": "tool", "content": "4 degrees"}]
+        row = {"prompt": before, "chosen": [assistant("Four")], "rejected": [assistant("No")]}
+        [pair] = load_pairs(write("c.jsonl", row), tokenizer=chat)
+        assert "<call>" in pair.prompt and pair.chosen == "Four<eos>\n"
+
+
+def test_a_null_is_never_read_as_the_word_none(write, chat):
+    """A template that prints content as it is, and one that adds it to text."""
+    for template in (CHATML, CHATML.replace("{{ m.content }}", "{{ '' + m.content }}")):
+        chat.chat_template = template.replace("<eos>", "{% if m.tool_calls %}call{% endif %}<eos>", 1)
+        [pair] = load_pairs(write("a.jsonl", WITH_TOOLS), tokenizer=chat)
+        assert pair.chosen == "call<eos>\n"
+
+
+def test_a_system_column_is_the_first_turn(write, chat):
+    system = {"role": "system", "content": "Be kind"}
+    for name in ("explicit", "implicit"):
+        row = ROWS[name]
+        turned = {
+            field: [system, *turns] if field == "prompt" or "prompt" not in row else turns for field, turns in row.items()
+        }
+        wanted = load_pairs(write("a.jsonl", turned), tokenizer=chat)
+        assert load_pairs(write("b.jsonl", {**row, "system": "Be kind"}), tokenizer=chat) == wanted
+        assert load_pairs(write("b.jsonl", {**turned, "system": "Be kind"}), tokenizer=chat) == wanted
+        assert wanted[0].prompt.startswith("<|system|>Be kind<eos>")
+        blank = load_pairs(write("c.jsonl", {**row, "system": " "}), tokenizer=chat)
+        assert blank == load_pairs(write("d.jsonl", row), tokenizer=chat)
+
+
+EMPTY = {
+    "blank": ({**ROWS["explicit"], "chosen": [assistant(" ")]}, "message 1 of 'chosen' is an empty turn"),
+    "null": (
+        {**ROWS["explicit"], "rejected": [{"role": "assistant", "content": None}]},
+        "message 1 of 'rejected' is an empty",
+    ),
+    "a call that is not shown": (WITH_TOOLS, "its content is blank, and the chat template does not show its tool calls"),
+    "a user's": ({**ROWS["explicit"], "prompt": [user("")]}, "message 1 of 'prompt' is an empty turn"),
+    "a later one": (
+        {**ROWS["explicit"], "chosen": [assistant("Yes"), user("And?"), assistant("")]},
+        "message 3 of 'chosen' is an empty turn",
+    ),
+    "without a prompt": (
+        {"chosen": [user("Hi"), assistant("")], "rejected": [user("Hi"), assistant("Go")]},
+        "message 1 of 'chosen' is an empty turn",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), EMPTY.values(), ids=EMPTY)
+def test_a_turn_of_which_the_template_makes_nothing_is_an_error(write, chat, row, message):
+    path = write("a.jsonl", ROWS["explicit"], row)
+    with pytest.raises(ExpungeError, match=message) as caught:
+        load_pairs(path, tokenizer=chat)
+    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
+def test_an_empty_turn_of_a_whole_conversation_is_an_error(write, chat):
+    path = write("a.jsonl", {"messages": [user("Hi"), assistant("")]})
+    with pytest.raises(ExpungeError, match=r"a.jsonl:1: message 2 of 'messages' is an empty turn"):
+        load_texts(path, "forget", tokenizer=chat)
+    silent = CHATML.replace("{{ m.content }}", "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}")
+    chat.chat_template = silent  # emptiness is seen after rendering
+    with pytest.raises(ExpungeError, match="message 1 of 'chosen' is an empty turn"):
+        load_pairs(write("b.jsonl", ROWS["explicit"]), tokenizer=chat)
+
+
+def test_the_boundary_is_found_in_tokens(write, family):
+    """Prompt and answer share half a token's letters: TRL's boundary lies before it."""
+    chat = copy.deepcopy(family("byte-level"))
+    chat.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    chat.chat_template = THINKING
+    rows = [
+        {"prompt": [user("Hi")], "chosen": [assistant("<the sea>")], "rejected": [assistant(no)]} for no in ("<thorn>", "Go")
+    ]
+    made = []
+    for row in rows:
+        [pair] = load_pairs(write("a.jsonl", row), tokenizer=chat)
+        [tokens], _ = tokenize_pairs([pair], chat)
+        made.append((tokens.prompt, tokens.chosen, tokens.rejected))
+        assert pair.prompt == "<|user|>Hi<eos>\n<|assistant|>" and pair.chosen == "<the sea><eos>\n"
+    trainer = SimpleNamespace(_tokenizer=chat, _is_vision_dataset=False)
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None)
+    wanted = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), chat, args, "train")  # type: ignore[arg-type]
+    assert made == [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in wanted]  # type: ignore[call-overload]
+
+
+def test_a_template_that_writes_a_bos_which_the_tokenizer_does_not_add(write, tokenizer):
+    """SmolLM2's: the beginning of a turn is its bos."""
+    smol = copy.deepcopy(tokenizer)
+    smol.add_special_tokens({"bos_token": "<|im_start|>"})
+    smol.chat_template = CHATML.replace("<|{{ m.role }}|>", "<|im_start|>{{ m.role }}\n")
+    path = write("a.jsonl", {"messages": [user("Hi"), assistant("Hello")]})
+    texts = load_texts(path, "forget", tokenizer=smol)
+    [(prompt, completion)], _ = tokenize_texts(texts, smol)
+    whole = smol.apply_chat_template([user("Hi"), assistant("Hello")])["input_ids"]
+    assert prompt == [smol.bos_token_id] and prompt + completion == whole
+
+
+def test_columns_of_another_form_are_one_line(write, chat):
+    for more, message in (
+        ({"tools": "weather"}, "field 'tools' is text that is not JSON"),
+        ({"tools": {"a": 1}}, "field 'tools' must be a list"),
+        ({"chat_template_kwargs": [1]}, "field 'chat_template_kwargs' must be an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs sets 'tokenize'"),
+        ({"system": ["a"]}, "field 'system' must be text"),
+    ):
+        with pytest.raises(ExpungeError, match=f"a.jsonl:1: {message}"):
+            load_pairs(write("a.jsonl", {**ROWS["explicit"], **more}), tokenizer=chat)
+    both = {**ROWS["turns"], "system": "Be brief"}
+    with pytest.raises(ExpungeError, match="a column 'system' beside a system message"):
+        load_pairs(write("a.jsonl", both), tokenizer=chat)
+
+
+def test_what_a_template_does_not_read_is_said_once(write, chat, caplog):
+    chat_module._warn.cache_clear()
+    rows = [{**ROWS[name], "tools": [TOOL]} for name in ("explicit", "implicit")]
+    load_pairs(write("a.jsonl", *rows), tokenizer=chat)
+    assert sum("does not read 'tools'" in record.message for record in caplog.records) == 1
 
 
 MISTAKES = {

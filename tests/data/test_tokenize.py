@@ -4,19 +4,22 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from expunge.data import Pair, Text, TokenizedPair, Unpaired, tokenize_pairs, tokenize_unpaired
-from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
+from expunge.ids import leading_tokens
 
 
 def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_sides_are_tokenised_apart(tokenizer):
+def test_a_token_that_straddles_the_boundary_is_of_both_continuations_and_counted(tokenizer):
     [row], counts = tokenize_pairs([Pair("The ri", "ver", " film")], tokenizer)
-    assert row == TokenizedPair(ids(tokenizer, "The ri"), ids(tokenizer, "ver"), ids(tokenizer, " film"))
-    assert tokenizer.decode(row.prompt + row.chosen) == "The river"
-    assert row.prompt + row.chosen != ids(tokenizer, "The river")  # else this test shows nothing
+    assert row.prompt == ids(tokenizer, "The ri")[:-1]
+    assert row.prompt + row.chosen == ids(tokenizer, "The river")
+    assert row.prompt + row.rejected == ids(tokenizer, "The ri film")
+    assert str(counts) == "1 pairs: 1 boundaries moved"
+    [row], counts = tokenize_pairs([Pair("The river", " is", " film")], tokenizer)
+    assert row == TokenizedPair(ids(tokenizer, "The river"), ids(tokenizer, " is"), ids(tokenizer, " film"))
     assert str(counts) == "1 pairs: nothing cut"
 
 

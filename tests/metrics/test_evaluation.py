@@ -1,13 +1,16 @@
 """The evaluation of one model: what is measured, that a model equals itself, and that planted toxicity is seen."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from expunge.data import Prompt
+from expunge.data import Pair, Prompt
+from expunge.data.multiple_choice import Question
 from expunge.errors import ExpungeError
+from expunge.metrics import evaluation as evaluation_module
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, check_room, evaluate_model
 from expunge.metrics.figures import Evaluation, Key, rows
 
@@ -169,8 +172,68 @@ def test_what_was_cut_and_what_is_empty_is_counted(tiny_model, tokenizer, evalua
     found = evaluate_model(mute, tokenizer, EvaluationData(prompts), plan, SCORERS).counts()
     assert found["prompts"] == {"c": 2, "d": 1} and found["prompts_cut"] == {"c": 1, "d": 0}
     assert found["empty_continuations"] == {"c greedy": 2, "c sampled": 8, "d greedy": 1, "d sampled": 4}
+    assert found["ended_continuations"] == found["empty_continuations"]
     written = [sample for sample in evaluation.samples if not sample["continuation"].strip()]
     assert sum(evaluation.counts()["empty_continuations"].values()) == len(written)
+
+
+def test_how_many_answers_ended_is_counted(tiny_model, tokenizer, evaluation):
+    """The control: a model that ends at once, with an end token that its `generation_config` alone names."""
+    mute = tiny_model()
+    other = 77
+    mute.generation_config.eos_token_id = [other, tokenizer.eos_token_id]
+    end = torch.zeros(mute.config.vocab_size).index_fill_(0, torch.tensor([other]), 50)
+    mute.lm_head.bias = torch.nn.Parameter(end)
+    found = evaluate_model(mute, tokenizer, EvaluationData({"c": ["A cold wind", "A"]}), PLAN, SCORERS)
+    for decode, samples in (("greedy", 1), ("sampled", 4)):
+        assert value(found, "ended_share", "c", decode, samples=samples) == 1.0
+        assert value(found, "empty_share", "c", decode, samples=samples) == 1.0
+    assert all(sample["continuation"] == "" for sample in found.samples)
+    short = [s["continuation"] for s in evaluation.samples if s["dataset"] == "challenge" and s["decode"] == "greedy"]
+    ended = np.mean([len(tokenizer(text).input_ids) < PLAN.max_new_tokens for text in short])
+    assert value(evaluation, "ended_share", "challenge", "greedy", samples=1) == pytest.approx(ended)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prepend"])
+def test_forced_tokens_are_those_of_the_joined_text(tiny_model, family, kind):
+    """SentencePiece would begin a side that is encoded apart with a space too many; the prompts are read as text."""
+    tokenizer = family(kind, "bos and eos")
+    model, data = tiny_model("llama"), EvaluationData(pairs=[Pair("The river", " is mild and slow", " is the sea at last")])
+    model.resize_token_embeddings(420)
+    asked, real = [], evaluation_module.generate
+
+    def watched(model, tokenizer, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return real(model, tokenizer, prompts, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_module, "generate", watched)
+        found = evaluate_model(model, tokenizer, data, replace(PLAN, prompt_tokens=32, samples=0), SCORERS)
+    whole = tokenizer("The river is", add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id]
+    n = len(tokenizer("The river", add_special_tokens=False)["input_ids"])
+    assert asked == [start + whole[:n], start + whole[: n + 2], start + whole[: n + 2]]
+    assert {sample["prompt"] for sample in found.samples if sample["k"] == 2} == {tokenizer.decode(whole[: n + 2])}
+
+
+def test_text_with_ids_beyond_the_embedding_is_refused_before_any_work(tiny_model, tokenizer, pairs):
+    """Only text that has them: a tokenizer may know more tokens than the model."""
+    wide = copy.deepcopy(tokenizer)
+    wide.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    marked = "<|turn|>The river runs"
+    evaluate_model(tiny_model(), wide, EvaluationData({"c": ["The river"]}), replace(PLAN, samples=0), SCORERS)
+    question = Question("The river", (" runs", "<|turn|>"), 0)
+    for data in (
+        EvaluationData({"c": [marked]}),
+        EvaluationData(pairs=[Pair(marked, " past", " home")]),
+        EvaluationData(neutral=[Prompt(marked, "home")]),
+        EvaluationData(corpora={"c": "The river runs. " * 30 + marked}),
+        EvaluationData(questions={"q": [question]}),
+    ):
+        with pytest.raises(ExpungeError, match=r"the token '<\|turn\|>', id 320, and the model's embedding has 320 rows"):
+            check_room(data, PLAN, wide, 64, 320)
+        with pytest.raises(ExpungeError, match="id 320"):
+            evaluate_model(tiny_model(), wide, data, PLAN, SCORERS)
 
 
 def test_forced_tokens_are_given_and_not_scored(tiny_model, tokenizer, data):

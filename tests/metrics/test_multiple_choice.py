@@ -46,6 +46,23 @@ def test_it_is_the_definition(tiny_model, tokenizer, bos_tokenizer, bos):
     assert not cut.any()
 
 
+def test_an_eos_that_the_tokenizer_appends_stands_nowhere(tiny_model, family):
+    """Only what it puts before a text is there: the same figures as without it."""
+    model = tiny_model()
+    model.resize_token_embeddings(420)
+    (plain, _), (appending, _) = (
+        choice_logps(model, family("byte-level", around), QUESTIONS) for around in ("plain", "eos")
+    )
+    assert family("byte-level", "eos")("a")["input_ids"][-1] == 0
+    assert all(np.array_equal(a, b) for a, b in zip(plain, appending, strict=True))
+
+
+def test_an_id_that_the_model_does_not_know_is_one_line(tiny_model, family):
+    tokenizer = family("byte-level")
+    with pytest.raises(ExpungeError, match=r"the token '.*', id \d+, and the model's embedding has 320 rows"):
+        choice_logps(tiny_model(), tokenizer, [Question("The apple trees behind", (" the window", " é"), 0)])
+
+
 def test_batches_padding_chunks_and_order_change_nothing(tiny_model, tokenizer, monkeypatch):
     model = tiny_model()
     logps, _ = choice_logps(model, tokenizer, QUESTIONS)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_tra
 
 from expunge.config import at_least, convert, hold_fields
 from expunge.errors import ExpungeError
+from expunge.ids import check_known
 from expunge.provenance import forget_peak, recent_peak_bytes
 from expunge.registry import Registry, did_you_mean
 
@@ -56,11 +57,12 @@ class AttackData:
     max_continuation_tokens: int = 64  # a continuation its first
     plan: "EvaluationPlan | None" = None  # how an attacked model is measured; None is as EvaluationPlan() has it
     room: int | None = None  # tokens that an attack may add to every prompt that is measured; None: no bound is known
+    known: int | None = None  # ids that the victim has embeddings of; None: no bound is known
 
     def rows(self, part: Part) -> "list[TokenizedText]":
         """(prompt ids with bos, continuation ids) of each text of a part, in order; tokenized once.
 
-        Neutral text is cut into passages of `max_continuation_tokens`.
+        Neutral text is cut into passages of `max_continuation_tokens`. Raises ExpungeError for an id that is not known.
         """
         if part not in self._tokenized:
             from expunge.data import Text
@@ -73,7 +75,9 @@ class AttackData:
                 texts = [Text("", passage) for passage in passages(self.neutral, self.tokenizer, limits[1])]
             else:
                 texts = getattr(self, part)
-            self._tokenized[part] = tokenize_texts(texts, self.tokenizer, *limits)[0] if texts else []
+            rows = tokenize_texts(texts, self.tokenizer, *limits)[0] if texts else []
+            check_known((prompt + continuation for prompt, continuation in rows), self.known, self.tokenizer)
+            self._tokenized[part] = rows
         return self._tokenized[part]
 
     def drawn(self, part: Part, most: int, seed: int) -> "list[TokenizedText]":

@@ -28,8 +28,8 @@ from expunge.attacks.prefixes import PrefixLosses
 from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
 from expunge.attacks.tokens import allowed_tokens, check_prompts, cut_prompts, decode, reference_targets
 from expunge.config import at_least
-from expunge.data.tokenize import continuation_text, leading_tokens
 from expunge.generation import Decoding, check_room, generate
+from expunge.ids import continuation_text, leading_tokens
 from expunge.models import context_length, depth, frozen, sharing_copy
 
 

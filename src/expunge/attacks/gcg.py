@@ -29,9 +29,9 @@ from expunge.attacks.tokens import (
     without_bos,
 )
 from expunge.config import at_least
-from expunge.data.tokenize import continuation_text
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
+from expunge.ids import continuation_text
 from expunge.metrics.stats import rank_correlation
 from expunge.models import frozen, load_model, load_outline
 

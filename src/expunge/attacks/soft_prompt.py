@@ -20,9 +20,9 @@ from torch import nn
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.tokens import Target, allowed_tokens, check_prompts, reference_targets
 from expunge.config import at_least
-from expunge.data.tokenize import leading_tokens
 from expunge.engine import collate
 from expunge.generation import check_room
+from expunge.ids import leading_tokens
 from expunge.models import frozen, head_logits, hidden_states, in_batches, sharing_copy
 
 

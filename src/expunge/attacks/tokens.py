@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from expunge.attacks.base import AttackData
-from expunge.data.tokenize import continuation_text, encode, leading_tokens
 from expunge.errors import ExpungeError
-from expunge.generation import Decoding, generate, with_start
+from expunge.generation import Decoding, generate
+from expunge.ids import continuation_text, encode, leading_tokens, with_start
 from expunge.metrics.evaluation import EvaluationPlan
 
 FILLERS = (" x", " !", "x", "!")

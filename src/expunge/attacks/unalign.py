@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from expunge.anatomy import mlp_inputs, nearest_values
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.config import at_least
-from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
+from expunge.ids import leading_tokens
 from expunge.models import frozen, sharing_copy
 from expunge.probes import fit_probe, pooled_states
 

@@ -30,16 +30,18 @@ def generate(
     """Continue prompts: one JSON line each, {prompt, sample, continuation}."""
     from expunge.data import load_prompts
     from expunge.generation import Decoding, generate
+    from expunge.ids import continuation_text, prompt_ids
     from expunge.models import load_model
 
     hush()
     loaded, tokenizer = load_model(model, **{"dtype": "float32", **loading})
     texts = [prompt.text for prompt in load_prompts(prompts, tokenizer=tokenizer)]
-    ids = [tokenizer(text)["input_ids"] for text in texts]
+    ids = prompt_ids(tokenizer, texts)
     decoding = Decoding(max_new_tokens=max_new_tokens, samples=samples, top_p=top_p, temperature=temperature, seed=seed)
-    for text, continuations in zip(texts, generate(loaded, tokenizer, ids, decoding), strict=True):  # type: ignore[arg-type]
+    for text, prompt, continuations in zip(texts, ids, generate(loaded, tokenizer, ids, decoding), strict=True):
         for sample, continuation in enumerate(continuations):
-            json_line({"prompt": text, "sample": sample, "continuation": tokenizer.decode(continuation)})
+            added = continuation_text(tokenizer, prompt, continuation)
+            json_line({"prompt": text, "sample": sample, "continuation": added})
 
 
 def score(

@@ -19,9 +19,9 @@ from torch import nn
 from expunge.data.pairs import Pair
 from expunge.data.pplm import PPLM, perturbed
 from expunge.data.selection import Candidate, Selection, is_usable, select
-from expunge.data.tokenize import continuation_text, encode, leading_tokens
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
+from expunge.ids import continuation_text, prompt_ids
 from expunge.probes import Probe
 from expunge.scorers import Scorer
 
@@ -102,8 +102,7 @@ def draw(
 
     PPLM is slow: a prompt whose greedy side cannot be chosen gets no samples.
     """
-    start = leading_tokens(tokenizer)
-    ids = [start + encode(tokenizer, prompt) for prompt in prompts]
+    ids = prompt_ids(tokenizer, prompts)
 
     def scored(of: Sequence[int], drawn: Sequence[Sequence[Sequence[int]]]) -> list[list[Candidate]]:
         texts = [[continuation_text(tokenizer, ids[i], new) for new in group] for i, group in zip(of, drawn, strict=True)]

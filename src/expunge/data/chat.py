@@ -1,81 +1,233 @@
 """Conversations as text, through the tokenizer's chat template, cut into prompt and continuations as TRL does it.
 
-chat_pair(row, "pairs.jsonl:1", tokenizer)       # row["prompt"] = [{"role": "user", "content": "Hello"}], ...
+    chat_pair(row, "pairs.jsonl:1", tokenizer)       # row["prompt"] = [{"role": "user", "content": "Hello"}], ...
+
+Beside its messages a row may have what the template takes, as TRL's rows have it: `tools` (JSON schemas), `documents` and
+`chat_template_kwargs`; and `system`, text that goes before the messages as a turn of that role.
+
+The prompt ends where the template lets the model speak, found in tokens: what the prompt alone and the prompt with its
+answers begin with. The text keeps the template's own bos, and `expunge.ids` adds no second one.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
+from expunge.ids import common_length, encode
+
+log = logging.getLogger("expunge")
 
 Message = Mapping[str, Any]
+OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation", "return_dict", "return_tensors")
+"""Arguments of `apply_chat_template` that a row may not set."""
 
 
 def chat_pair(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of a row of messages; without `prompt` it is the turns that both sides begin with.
 
-    The prompt ends where the template lets the model speak. Raises ExpungeError for what is no conversation.
+    Raises ExpungeError for what is no conversation, and for a turn of which the template makes nothing.
     """
-    chosen, rejected = (_messages(row.get(side), side, where) for side in ("chosen", "rejected"))
+    template = Template.of(row, where, tokenizer)
+    chosen, rejected = (template.turns(row.get(side), side) for side in ("chosen", "rejected"))
     if "prompt" in row:
-        turns = _messages(row["prompt"], "prompt", where)
+        turns = template.opened(template.turns(row["prompt"], "prompt"))
     else:
+        chosen, rejected = template.opened(chosen), template.opened(rejected)
         shortest = min(len(chosen), len(rejected))
         cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
         turns, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-        if not turns:
+        if not any(turn["role"] != "system" for turn in turns):
             raise ExpungeError(f"{where}: chosen and rejected share no first message; there is no prompt")
-    return _cut(turns, [chosen, rejected], where, tokenizer)  # type: ignore[return-value]
+    return template.cut(turns, {"chosen": chosen, "rejected": rejected})  # type: ignore[return-value]
 
 
 def chat_text(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, str]:
     """(prompt, completion) of a row with these two as messages, or ("", text) of a conversation under `messages`."""
+    template = Template.of(row, where, tokenizer)
     if "messages" in row:
-        return "", _render(_messages(row["messages"], "messages", where), where, tokenizer)
-    turns, completion = (_messages(row.get(field), field, where) for field in ("prompt", "completion"))
-    return _cut(turns, [completion], where, tokenizer)  # type: ignore[return-value]
+        turns = template.opened(template.turns(row["messages"], "messages"))
+        text = template.render(turns)
+        template.check_said(turns, [place for place, turn in enumerate(turns) if _asked(turn)], "messages", text)
+        return "", text
+    turns, completion = (template.turns(row.get(field), field) for field in ("prompt", "completion"))
+    return template.cut(template.opened(turns), {"completion": completion})  # type: ignore[return-value]
 
 
-def _cut(turns: Sequence[Message], sides: Sequence[Sequence[Message]], where: str, tokenizer: Any) -> tuple[str, ...]:
-    """The prompt as text, and what each side adds to it."""
-    start = chat_prompt(turns, where, tokenizer)
-    ends = [_render([*turns, *side], where, tokenizer) for side in sides]
-    # a template may end a prompt with more than an answer begins with
-    cut = next((i for i, letters in enumerate(zip(start, *ends, strict=False)) if len(set(letters)) > 1), len(start))
-    return start[:cut], *(end[cut:] for end in ends)
-
-
-def chat_prompt(value: Any, where: str, tokenizer: Any) -> str:
+def chat_prompt(row: Mapping[str, Any], where: str, tokenizer: Any, field: str = "prompt") -> str:
     """Messages as the text that the model continues: the start of an answer, or the rest of the one that is begun."""
-    turns = _messages(value, "prompt", where)
-    role = turns[-1]["role"]
-    if role not in ("user", "tool", "assistant"):
-        raise ExpungeError(f"{where}: the prompt's last message has the role {role!r}; it must be user, tool or assistant")
-    begun = role == "assistant"
-    return _render(turns, where, tokenizer, add_generation_prompt=not begun, continue_final_message=begun)
+    template = Template.of(row, where, tokenizer)
+    return template.prompt(template.opened(template.turns(row[field], field)))
 
 
-def _messages(value: Any, field: str, where: str) -> Sequence[Message]:
-    if not isinstance(value, list) or not value:
-        raise ExpungeError(f"{where}: {field!r} must be a list of messages, as the row's other fields are")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ExpungeError(f"{where}: a message of {field!r} must be an object with 'role' and 'content'")
-    return value
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template with what one row gives it beside messages. where: the row, for errors."""
+
+    tokenizer: Any
+    where: str
+    system: str
+    given: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], where: str, tokenizer: Any) -> "Template":
+        """Raises ExpungeError for columns of another form; JSON text in them, as tables have it, is read."""
+        system = row.get("system") or ""
+        if not isinstance(system, str):
+            raise ExpungeError(f"{where}: field 'system' must be text, found {type(system).__name__}")
+        given: dict[str, Any] = {name: _column(row, name, list, where) for name in ("tools", "documents")}
+        more = _column(row, "chat_template_kwargs", dict, where) or {}
+        if taken := [name for name in more if name in OURS or name in given]:
+            raise ExpungeError(f"{where}: chat_template_kwargs sets {taken[0]!r}, which is not its to set; leave it out")
+        return cls(tokenizer, where, system if system.strip() else "", given | more)
+
+    def turns(self, value: Any, field: str) -> list[Message]:
+        """The messages of a field, without keys that are null (tables have all keys in all messages)."""
+        if not isinstance(value, list) or not value:
+            raise ExpungeError(f"{self.where}: {field!r} must be a list of messages, as the row's other fields are")
+        for message in value:
+            fits = isinstance(message, dict) and isinstance(message.get("role"), str)
+            if not fits or not ("content" in message or message.get("tool_calls")):
+                raise ExpungeError(f"{self.where}: a message of {field!r} must be an object with 'role' and 'content'")
+        return [{key: part for key, part in message.items() if part is not None or key == "content"} for message in value]
+
+    def opened(self, turns: list[Message]) -> list[Message]:
+        """The conversation with the row's system text before it."""
+        if not self.system:
+            return turns
+        first: Message = {"role": "system", "content": self.system}
+        if turns[0]["role"] == "system" and turns[0] != first:
+            raise ExpungeError(f"{self.where}: a column 'system' beside a system message that says something else; keep one")
+        return turns if turns[0] == first else [first, *turns]
+
+    def prompt(self, turns: Sequence[Message]) -> str:
+        """What the model continues."""
+        role = turns[-1]["role"]
+        if role not in ("user", "tool", "assistant"):
+            raise ExpungeError(
+                f"{self.where}: the prompt's last message has the role {role!r}; it must be user, tool or assistant"
+            )
+        begun = role == "assistant"
+        text = self.render(turns, add_generation_prompt=not begun, continue_final_message=begun)
+        before = turns[:-1] if begun else turns
+        blank = [place for place, turn in enumerate(before) if _asked(turn) and _is_blank(turn.get("content"))]
+        if blank:
+            self.check_said(before, blank, "prompt", self.render(before))
+        return text
+
+    def cut(self, turns: list[Message], sides: Mapping[str, list[Message]]) -> tuple[str, ...]:
+        """The prompt as text, and what each side adds to it."""
+        start, own = self.prompt(turns), len(turns)
+        ends = [self.render([*turns, *side]) for side in sides.values()]
+        for (name, side), end in zip(sides.items(), ends, strict=True):
+            self.check_said([*turns, *side], [own + i for i, turn in enumerate(side) if _asked(turn)], name, end, own)
+        cut = min(common_length(start, end) for end in ends)
+        if cut < len(start):  # a template may end a prompt with more than an answer begins with
+            cut = self._token_cut(start, ends, cut)
+        for name, end in zip(sides, ends, strict=True):
+            if not end[cut:].strip():
+                raise ExpungeError(f"{self.where}: {name!r} adds nothing to the prompt")
+        return start[:cut], *(end[cut:] for end in ends)
+
+    def _token_cut(self, start: str, ends: Sequence[str], cut: int) -> int:
+        """At most `cut`: where the prompt's tokens end that each conversation begins with. A half of a token is none."""
+        wholes = [encode(self.tokenizer, end) for end in ends]
+
+        def shared(text: str) -> int:
+            ids = encode(self.tokenizer, text)
+            return min(common_length(ids, whole) for whole in wholes)
+
+        most = shared(start)
+        while cut and shared(start[:cut]) > most:
+            cut -= 1
+        return cut
+
+    def check_said(self, turns: Sequence[Message], places: Sequence[int], field: str, text: str, first: int = 0) -> None:
+        """Raise ExpungeError for a turn at one of `places` of which the template makes nothing, neither text nor tool calls.
+
+        text: of all turns. first: where those of `field` begin.
+        """
+        for place in places:
+            turn = turns[place]
+            try:
+                bare = self.render([*turns[:place], {"role": turn["role"], "content": ""}, *turns[place + 1 :]])
+            except ExpungeError:  # a template that refuses an empty turn has been given another
+                continue
+            if "".join(text.split()) == "".join(bare.split()):
+                calls = ", and the chat template does not show its tool calls" if turn.get("tool_calls") else ""
+                raise ExpungeError(
+                    f"{self.where}: message {place - first + 1} of {field!r} is an empty turn: its content is blank{calls}; "
+                    "give it text, or leave the row out"
+                )
+
+    def render(self, turns: Sequence[Message], **options: bool) -> str:
+        """The template's text of `turns`; what is null is given as "" where the template would print it, or fail on it."""
+        if self.tokenizer is None:
+            raise ExpungeError(f"{self.where}: a conversation needs the model's chat template: give the tokenizer")
+        if not self.tokenizer.chat_template:
+            raise ExpungeError(
+                f"{self.where}: a conversation, but the model's tokenizer has no chat template; give text instead"
+            )
+
+        for name in ("tools", "documents"):
+            if self.given[name] and name not in self.tokenizer.get_chat_template(tools=self.given["tools"]):
+                _warn(f"the model's chat template does not read {name!r}: what rows have under it is left out")
+
+        def apply(messages: Sequence[Message]) -> str:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.given, **options)
+
+        try:
+            if all(turn.get("content") is not None for turn in turns):
+                return apply(turns)
+            return _tried(
+                lambda: apply(turns), lambda: apply([{**turn, "content": turn.get("content") or ""} for turn in turns])
+            )
+        except Exception as error:  # jinja's own, and whatever a template raises
+            reason = str(error).strip().split("\n")[0]
+            raise ExpungeError(f"{self.where}: the model's chat template refuses the conversation ({reason})") from None
 
 
-def _render(turns: Sequence[Message], where: str, tokenizer: Any, **options: bool) -> str:
-    if tokenizer is None:
-        raise ExpungeError(f"{where}: a conversation needs the model's chat template: give the tokenizer")
-    if not tokenizer.chat_template:
-        raise ExpungeError(f"{where}: a conversation, but the model's tokenizer has no chat template; give text instead")
+def _tried(plain: Callable[[], str], filled: Callable[[], str]) -> str:
+    """`plain()`, unless it fails or writes a null as the word None: then `filled()`."""
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
-    except Exception as error:  # jinja's own, and whatever a template raises
-        reason = str(error).strip().split("\n")[0]
-        raise ExpungeError(f"{where}: the model's chat template refuses the conversation ({reason})") from None
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and tokenizer.bos_token_id in leading_tokens(tokenizer):  # it is put before a text again
-        text = text.removeprefix(bos)
-    return text
+        text = plain()
+    except Exception:
+        return filled()
+    try:
+        other = filled()
+    except Exception:
+        return text
+    return other if text.count("None") > other.count("None") else text
+
+
+def _asked(turn: Message) -> bool:
+    """A turn that must say something; a system message or what a tool returns may be empty."""
+    return turn["role"] in ("user", "assistant")
+
+
+def _is_blank(content: Any) -> bool:
+    return not content or (isinstance(content, str) and not content.strip())
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, not for every row."""
+    log.warning("%s", message)
+
+
+def _column(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """A list or object of the row, or JSON text of one; None where it is empty."""
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ExpungeError(f"{where}: field {name!r} is text that is not JSON") from None
+    if value and not isinstance(value, kind):
+        raise ExpungeError(
+            f"{where}: field {name!r} must be {'a list' if kind is list else 'an object'}, or JSON text of one"
+        )
+    return value or None

@@ -17,8 +17,8 @@ from expunge.data.named import File, NamedSet, local_file, locate
 from expunge.data.pairs import load_pairs
 from expunge.data.prompts import load_prompts
 from expunge.data.records import Record, hub_records, named_records, read_records
-from expunge.data.tokenize import encode
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 from expunge.lines import read_text
 
 RUNNING = ("txt", "tokens", "raw")

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from expunge.data.tokenize import encode, leading_tokens
 from expunge.generation import Decoding, generate
+from expunge.ids import encode, prompt_ids
 
 SENTENCE_START = re.compile(r"(?:^ ?|(?<=[.!?] )|(?<=[.!?][\"'] ))(?=[\"'(]?[A-Za-z])", re.MULTILINE)
 
@@ -23,7 +23,7 @@ def sample_texts(
     model: nn.Module, tokenizer: Any, beginning: str, count: int, tokens: int = 96, top_p: float = 0.9, seed: int = 0
 ) -> list[str]:
     """`count` documents that begin with `beginning` (included; "" starts from the tokenizer's bos or eos)."""
-    start = leading_tokens(tokenizer) + encode(tokenizer, beginning)
+    [start] = prompt_ids(tokenizer, [beginning])
     decoding = Decoding(max_new_tokens=tokens, samples=count, top_p=top_p, seed=seed)
     [continuations] = generate(model, tokenizer, [start], decoding)
     return [tokenizer.decode([*start, *ids], skip_special_tokens=True) for ids in continuations]

@@ -17,10 +17,11 @@ import numpy as np
 from torch import nn
 
 from expunge.data.builders import BuildReport, build_pairs
+from expunge.data.faults import text_faults
 from expunge.data.labelled import load_probe_data
 from expunge.data.pairs import Pair
 from expunge.data.selection import Selection
-from expunge.data.tokenize import encode, tokenize_labelled, tokenize_pairs
+from expunge.data.tokenize import split_pairs, tokenize_labelled, tokenize_pairs
 from expunge.errors import ExpungeError
 from expunge.models import context_length, weights_digest
 from expunge.probes import Probe, fit_probe, pooled_states
@@ -126,7 +127,8 @@ def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str
     _, truncation = tokenize_pairs(pairs, tokenizer)
     texts = {side: [getattr(pair, side) for pair in pairs] for side in ("prompt", "chosen", "rejected")}
     scores = {side: scorer.score(found) for side, found in texts.items()}
-    lengths = {side: np.array([len(ids) for ids in encode(tokenizer, found)]) for side, found in texts.items()}
+    sizes = np.array([[len(prompt), *map(len, sides)] for prompt, sides, _ in split_pairs(tokenizer, pairs)])
+    lengths = dict(zip(texts, sizes.T, strict=True))
     repeated = {side: len(found) - len(set(found)) for side, found in texts.items()}
     above = float(np.mean(scores["rejected"] > scores["chosen"]))
     longer = float(np.mean(lengths["rejected"] > lengths["chosen"]) + np.mean(lengths["rejected"] == lengths["chosen"]) / 2)
@@ -142,6 +144,7 @@ def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str
         warnings.append(f"{crossed} texts are chosen in one pair and rejected in another")
     if repeated["rejected"] + repeated["chosen"] > len(pairs) / 10:
         warnings.append("more than a tenth of the continuations repeat others")
+    warnings += text_faults(pairs, tokenizer)
     return {
         "pairs": len(pairs),
         "tokens": str(truncation),

@@ -25,7 +25,8 @@ from torch import nn
 
 from expunge.data.selection import Selection
 from expunge.errors import ExpungeError
-from expunge.generation import check_room, keyed_top_p, sample_key, splitmix64, with_start
+from expunge.generation import check_room, end_tokens, keyed_top_p, sample_key, splitmix64, until_end
+from expunge.ids import with_start
 from expunge.models import body, frozen, head_logits, in_batches, inner_model
 from expunge.probes import Probe
 
@@ -73,13 +74,13 @@ def perturbed(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
-    """New token ids per prompt and sample, in input order, cut before the tokenizer's end of text.
+    """New token ids per prompt and sample, in input order, cut before the first of `end_tokens`.
 
     prompts: token ids; rows of one length run together, so none is padded and every architecture with keys and values
     will do. probe: on the mean of final states. progress: called with (rows done, rows in all).
     Raises ExpungeError for a prompt without room for the continuation, or a model without keys and values.
     """
-    keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
+    keys, ends = [tuple(with_start(tokenizer, prompt)) for prompt in prompts], end_tokens(model, tokenizer)
     check_room(model, keys, recipe.max_new_tokens + recipe.horizon)
     distinct = sorted(set(keys), key=len)
     rows = [(prompt, sample) for prompt in distinct for sample in range(recipe.samples)]
@@ -90,8 +91,7 @@ def perturbed(
         ids = torch.tensor([prompt for prompt, _ in batch], device=device)
         noise = torch.tensor([sample_key(recipe.seed, *row) for row in batch], device=device)
         new = _continue(model, ids, noise, probe, recipe).tolist()
-        eos = tokenizer.eos_token_id
-        done.update(zip(batch, (row[: row.index(eos)] if eos in row else row for row in new), strict=True))
+        done.update(zip(batch, (until_end(row, ends) for row in new), strict=True))
         if progress:
             progress(len(done), len(rows))
 

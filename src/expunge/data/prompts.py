@@ -58,7 +58,7 @@ def parse_prompt(row: dict[str, Any], where: str, tokenizer: Any = None) -> Prom
     """One row as a prompt; `where` names it in errors."""
     value = row.get("prompt", row.get("text"))
     if isinstance(value, list):
-        value = chat_prompt(value, where, tokenizer)
+        value = chat_prompt(row, where, tokenizer, "prompt" if "prompt" in row else "text")
     if isinstance(value, dict):
         value = value.get("text")
     if value is None:

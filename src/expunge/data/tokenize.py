@@ -1,9 +1,10 @@
-"""Pairs and unpaired texts as token ids: prompt and continuations are tokenised apart and joined by concatenation.
+"""Pairs and unpaired texts as token ids, and what of them did not fit.
 
     rows, truncation = tokenize_pairs(pairs, tokenizer)      # rows[0].prompt + rows[0].chosen is one sequence
     sides, truncation = tokenize_unpaired(data, tokenizer)   # sides["forget"][0] is (prompt ids, continuation ids)
 
-So both sides of a pair share the very same prompt tokens: none is merged with the first of a continuation.
+Both sides of a pair share the very same prompt ids. Where a token straddles the boundary, `expunge.ids.split` says whose it
+is, and the row is counted: in text that brings its own spaces there is none.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import ExpungeError
+from expunge.ids import Split, encode, leading_tokens, opened, split
 
 if TYPE_CHECKING:
     from expunge.data.pairs import Pair
@@ -37,6 +39,7 @@ class Truncation:
     prompts_cut: int = 0
     chosen_cut: int = 0
     rejected_cut: int = 0
+    boundaries_moved: int = 0  # the prompt ends some tokens earlier, as they merge with a continuation
     dropped_equal: int = 0  # both sides the same once they are cut
     dropped_empty: int = 0  # a side of which the tokenizer makes nothing
 
@@ -51,6 +54,7 @@ class TextTruncation:
     texts: int = 0
     prompts_cut: int = 0
     continuations_cut: int = 0
+    boundaries_moved: int = 0  # as of pairs
     dropped_empty: int = 0  # of which the tokenizer makes nothing
     dropped_equal: int = 0  # to be retained, but once it is cut the same as one that is to be forgotten
 
@@ -76,21 +80,17 @@ def tokenize_pairs(
     """
     _check_limits(max_prompt, max_continuation)
     start = leading_tokens(tokenizer)
-    columns = zip(*((pair.prompt, pair.chosen, pair.rejected) for pair in pairs), strict=True)
-    encoded = [encode(tokenizer, list(texts)) for texts in columns]
     rows, counts = [], Truncation(pairs=len(pairs))
-    for prompt, chosen, rejected in zip(*encoded, strict=True):
+    for prompt, sides, moved in split_pairs(tokenizer, pairs):
+        opening, chosen, rejected = opened(tokenizer, start + prompt[-max_prompt:], *sides)
         if not chosen or not rejected:
             counts.dropped_empty += 1
             continue
-        row = TokenizedPair(
-            (start + prompt[-max_prompt:]) or [_start_token(tokenizer)],
-            chosen[:max_continuation],
-            rejected[:max_continuation],
-        )
+        row = TokenizedPair(opening, chosen[:max_continuation], rejected[:max_continuation])
         if row.chosen == row.rejected:
             counts.dropped_equal += 1
             continue
+        counts.boundaries_moved += moved
         counts.prompts_cut += len(prompt) > max_prompt
         counts.chosen_cut += len(chosen) > max_continuation
         counts.rejected_cut += len(rejected) > max_continuation
@@ -98,6 +98,16 @@ def tokenize_pairs(
     if not rows:
         raise ExpungeError(f"no pair is left to train on ({counts})")
     return rows, counts
+
+
+def split_pairs(tokenizer: Any, pairs: "Sequence[Pair]") -> list[Split]:
+    """Each pair's prompt and its two sides, chosen first, as ids without bos; nothing is cut."""
+    return split(
+        tokenizer,
+        [pair.prompt for pair in pairs],
+        [pair.chosen for pair in pairs],
+        [pair.rejected for pair in pairs],
+    )
 
 
 def tokenize_unpaired(
@@ -123,17 +133,16 @@ def tokenize_texts(
     """Token ids of each text, in order, and what was cut or dropped. A text without a prompt starts from bos, else eos."""
     _check_limits(max_prompt, max_continuation)
     start, counts = leading_tokens(tokenizer), TextTruncation(texts=len(texts))
-    prompts, completions = (
-        encode(tokenizer, list(column)) for column in zip(*((t.prompt, t.completion) for t in texts), strict=True)
-    )
     rows = []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt, sides, moved in split(tokenizer, [text.prompt for text in texts], [text.completion for text in texts]):
+        opening, completion = opened(tokenizer, start + prompt[-max_prompt:], *sides)
         if not completion:
             counts.dropped_empty += 1
             continue
+        counts.boundaries_moved += moved
         counts.prompts_cut += len(prompt) > max_prompt
         counts.continuations_cut += len(completion) > max_continuation
-        rows.append(((start + prompt[-max_prompt:]) or [_start_token(tokenizer)], completion[:max_continuation]))
+        rows.append((opening, completion[:max_continuation]))
     return rows, counts
 
 
@@ -147,30 +156,3 @@ def tokenize_labelled(texts: Sequence[tuple[str, bool]], tokenizer: Any, longest
 def _check_limits(max_prompt: int, max_continuation: int) -> None:
     if max_prompt < 1 or max_continuation < 1:
         raise ExpungeError(f"max_prompt {max_prompt}, max_continuation {max_continuation}: each must be at least 1")
-
-
-def encode(tokenizer: Any, text: str | list[str]) -> Any:
-    """Token ids of a text, or of each of a list, without bos and eos; in silence where they are more than a model takes."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text: `[bos]` for Llama and Gemma, none for GPT-2."""
-    plain = encode(tokenizer, "a")
-    whole = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:at]
-
-
-def _start_token(tokenizer: Any) -> int:
-    """What an empty prompt becomes: bos, else eos."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ExpungeError("empty prompt: the tokenizer has neither bos nor eos to start from; give each pair a prompt")
-
-
-def continuation_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text that `new` adds to `prompt`: decoded together, as SentencePiece drops a leading space of its own."""
-    known = tokenizer.decode(prompt, skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *new], skip_special_tokens=True)[len(known) :]

@@ -3,6 +3,8 @@
     evaluation = evaluate_model(model, tokenizer, data, EvaluationPlan(), [load_scorer("ngram")])
     for row in rows(evaluation, reference): ...                 # expunge.metrics.figures
 
+An answer of fewer than `max_new_tokens` tokens has ended by itself (`ended_share`).
+
 In-distribution toxicity ("heldout"): the model goes on after a held-out prompt and the first k tokens of one of its two
 sides; only what it writes itself is scored. With k = 0 both sides ask the same question, and share the answer.
 """
@@ -18,16 +20,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expunge.data.multiple_choice import Question
-from expunge.data.tokenize import continuation_text, encode, leading_tokens
+from expunge.data.tokenize import split_pairs
 from expunge.errors import ExpungeError
-from expunge.generation import Decoding, generate, with_start
+from expunge.generation import Decoding, generate
+from expunge.ids import Split, check_known, continuation_text, encode, leading_tokens, opened, split
 from expunge.metrics.f1 import Mode as F1Mode
 from expunge.metrics.f1 import continuation_f1
 from expunge.metrics.figures import Evaluation, Figure, Key
 from expunge.metrics.multiple_choice import Mode, chance, choice_logps, is_right, lengths_differ
 from expunge.metrics.perplexity import row_nll, text_windows
 from expunge.metrics.toxicity import distinct_2, loops, per_prompt
-from expunge.models import context_length, evaluating
+from expunge.models import context_length, evaluating, known_tokens
 from expunge.scorers import Scorer
 
 
@@ -100,10 +103,11 @@ def evaluate_model(
     """Every figure of `plan` that `data` has text for. progress: show bars on standard error.
 
     parts: a folder for this model, data and plan alone, where each part is kept once it is measured; the same call goes on
-    from there. Raises ExpungeError where a prompt or pair does not fit the model's context.
+    from there. Raises ExpungeError where a prompt or pair does not fit the model's context, or has an id that the model does
+    not know.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    check_room(data, plan, tokenizer, context_length(model))
+    check_room(data, plan, tokenizer, context_length(model), known_tokens(model))
     with evaluating(model), Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
         evaluator = _Evaluator(model, tokenizer, plan, scorers, bars)
         measured = [partial(evaluator.perplexities, data), partial(evaluator.f1, data.neutral)]
@@ -125,26 +129,34 @@ def evaluate_model(
     return found
 
 
-def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, context: int) -> int:
+def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, context: int, known: int | None = None) -> int:
     """Raise ExpungeError for what cannot be measured on a model of so many tokens' context, before anything is.
 
-    Returns how many tokens every prompt could still be longer by.
+    known: ids that the model has embeddings of, if that is known: another id in the text is an error too. Returns how many
+    tokens every prompt could still be longer by.
     """
     start, most = len(leading_tokens(tokenizer)), plan.prompt_tokens
+    check = partial(check_known, known=known, tokenizer=tokenizer)
     for name, text in data.corpora.items():
         if start + len(encode(tokenizer, text[:1000])) < 2:
             raise ExpungeError(f"data.corpus={name}: fewer than two tokens; perplexity needs a text")
+    if known is not None and max(tokenizer.added_tokens_decoder, default=0) >= known:  # else long text is not looked through
+        check(encode(tokenizer, text) for text in data.corpora.values())
+        for question in (one for some in data.questions.values() for one in some):
+            check(encode(tokenizer, [question.prompt + choice for choice in question.choices]))
     prompts = [text for texts in data.challenge.values() for text in texts] + [row.text for row in data.neutral]
-    lengths = [min(most, len(encode(tokenizer, text))) for text in prompts]
-    for index, pair in enumerate(data.pairs):
-        prompt = len(encode(tokenizer, pair.prompt))
+    encoded = encode(tokenizer, prompts) if prompts else []
+    check(encoded)
+    lengths = [min(most, len(ids)) for ids in encoded]
+    for index, (prompt, sides, _) in enumerate(split_pairs(tokenizer, data.pairs)):
+        check([prompt, *sides])
         for side in plan.sides:
-            length = len(encode(tokenizer, getattr(pair, side)))
-            lengths.append(min(most, prompt) + max((k for k in plan.ks if k < length), default=0))
-            if max(1, start + prompt) + length > context:
+            length = len(side_of(sides, side))
+            lengths.append(min(most, len(prompt)) + max((k for k in plan.ks if k < length), default=0))
+            if max(1, start + len(prompt)) + length > context:
                 raise ExpungeError(
-                    f"held-out pair {index}: prompt and {side} side have {start + prompt + length} tokens, more than the "
-                    f"context of {context}; shorten the pair"
+                    f"held-out pair {index}: prompt and {side} side have {start + len(prompt) + length} tokens, more than "
+                    f"the context of {context}; shorten the pair"
                 )
     start += len(plan.prefix) + len(plan.suffix)
     left = context - plan.max_new_tokens - max(1, start + max(lengths, default=0))
@@ -154,6 +166,11 @@ def check_room(data: EvaluationData, plan: EvaluationPlan, tokenizer: Any, conte
             f"{context}: lower evaluation.prompt_tokens ({most}) or evaluation.max_new_tokens"
         )
     return left
+
+
+def side_of(sides: Sequence[list[int]], side: str) -> list[int]:
+    """Of `split_pairs`: the ids of that side."""
+    return sides[("chosen", "rejected").index(side)]
 
 
 class _Evaluator:
@@ -172,12 +189,9 @@ class _Evaluator:
     def add(self, key: Key, values: Any) -> None:
         self.found.figures.append(Figure.mean(key, np.asarray(values, dtype=np.float64)))
 
-    def encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, text)
-
     def cut(self, dataset: str, prompts: Sequence[str]) -> list[list[int]]:
         """Prompts as at most `prompt_tokens` ids, without bos; the share that was longer becomes a figure."""
-        encoded = [self.encode(prompt) for prompt in prompts]
+        encoded = encode(self.tokenizer, list(prompts)) if prompts else []
         self.add(Key("truncated_share", dataset), [len(ids) > self.plan.prompt_tokens for ids in encoded])
         return [self.plan.cut(ids) for ids in encoded]
 
@@ -191,10 +205,10 @@ class _Evaluator:
                 self.perplexity(Key("perplexity", name, mode=mode), found.nll / found.tokens * weights[mode], weights[mode])
             words = found.words * found.tokens / found.tokens.sum()  # shared out to windows by their tokens
             self.perplexity(Key("word_perplexity", name), found.nll, words)
-        prompts = [with_start(self.tokenizer, self.start + self.encode(pair.prompt)) for pair in data.pairs]
+        pairs = split_pairs(self.tokenizer, data.pairs)
         for side in self.plan.sides if data.pairs else ():
-            texts = [self.encode(getattr(pair, side)) for pair in data.pairs]
-            rows = [(prompt + text, len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+            opening = [opened(self.tokenizer, self.start + pair.prompt, side_of(pair.sides, side)) for pair in pairs]
+            rows = [(prompt + text, len(prompt)) for prompt, text in opening]
             self.perplexity(Key("continuation_perplexity", "heldout", side=side), *row_nll(self.model, rows))
 
     def perplexity(self, key: Key, nll: np.ndarray, weights: np.ndarray) -> None:
@@ -204,8 +218,10 @@ class _Evaluator:
         """F1 of the greedy continuation of each neutral prompt with what its source says next."""
         if not neutral:
             return
-        prompts, new = self.cut("neutral", [row.text for row in neutral]), self.plan.max_new_tokens
-        golds = [self.encode(_joined(row.text, row.gold)) for row in neutral]
+        texts, new = [row.text for row in neutral], self.plan.max_new_tokens
+        prompts = self.cut("neutral", texts)
+        followed = split(self.tokenizer, texts, [_joined(row.text, row.gold) for row in neutral])
+        golds = [gold for _, (gold,), _ in followed]
         answers = self.generate("F1", prompts, Decoding(new))
         for mode in self.plan.f1_modes:
             values = [
@@ -232,16 +248,26 @@ class _Evaluator:
         ]
         if not data.pairs:
             return asked
-        starts = self.cut("heldout", [pair.prompt for pair in data.pairs])
+        starts, pairs = self.cut("heldout", [pair.prompt for pair in data.pairs]), split_pairs(self.tokenizer, data.pairs)
         for k in self.plan.ks:
             for sides in [(side,) for side in self.plan.sides] if k else [self.plan.sides]:
-                texts = [self.encode(getattr(pair, sides[0])) for pair in data.pairs]
-                kept = [i for i, text in enumerate(texts) if len(text) > k or k == 0]
-                ids = [starts[i] + suffix + texts[i][:k] for i in kept]
-                prompts = [data.pairs[i].prompt + self.tokenizer.decode(texts[i][:k]) for i in kept]
+                if not k:
+                    prompts, ids = [pair.prompt for pair in data.pairs], [start + suffix for start in starts]
+                    asked.append(Prompts("heldout", prompts, list(range(len(ids))), ids, sides, k))
+                    continue
+                forced = [side_of(pair.sides, sides[0]) for pair in pairs]
+                kept = [i for i, ids in enumerate(forced) if len(ids) > k]
+                ids = [self.plan.cut(pairs[i].prompt) + suffix + forced[i][:k] for i in kept]
+                prompts = [self.forced_text(data.pairs[i].prompt, pairs[i], forced[i][:k]) for i in kept]
                 if kept:
                     asked.append(Prompts("heldout", prompts, kept, ids, sides, k))
         return asked
+
+    def forced_text(self, prompt: str, pair: Split, forced: list[int]) -> str:
+        """A prompt and what is forced after it, as text."""
+        if pair.moved:  # what is forced begins with the prompt's own end
+            return continuation_text(self.tokenizer, [], pair.prompt + forced)
+        return prompt + continuation_text(self.tokenizer, pair.prompt, forced)
 
     def answer(self, asked: Prompts, decode: str, decoding: Decoding) -> None:
         """Continue every prompt, score what is new, keep figures and samples."""
@@ -262,6 +288,7 @@ class _Evaluator:
                     {
                         "dataset": asked.dataset, "decode": decode, "side": asked.sides[0], "k": asked.k,
                         "prompt_id": prompt_id, "prompt": prompt, "sample": sample, "continuation": text,
+                        "ended": len(answers[row][sample]) < decoding.max_new_tokens,
                         "scores": {name: round(float(matrix[row, sample]), 6) for name, matrix in scores.items()},
                     }
                 )  # fmt: skip
@@ -275,6 +302,7 @@ class _Evaluator:
                 self.add(replace(key, metric=metric, scorer=name), values)
         measures: list[tuple[str, Sequence[Sequence[Any]], Callable[[Any], float]]] = [
             ("empty_share", texts, lambda text: not text.strip()),
+            ("ended_share", answers, lambda ids: len(ids) < self.plan.max_new_tokens),
             ("loop_share", answers, loops),
             ("distinct_2", answers, distinct_2),
         ]

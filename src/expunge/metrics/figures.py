@@ -91,7 +91,7 @@ class Figure:
 class Evaluation:
     """All figures of one model, and every continuation with its scores.
 
-    A sample is {dataset, decode, side, k, prompt_id, prompt, sample, continuation, scores: {scorer: value}}.
+    A sample is {dataset, decode, side, k, prompt_id, prompt, sample, continuation, ended, scores: {scorer: value}}.
     """
 
     figures: list[Figure] = field(default_factory=list)
@@ -109,17 +109,20 @@ class Evaluation:
         self.samples += other.samples
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """What a mean does not show: prompts and those of them that were cut, by set; continuations that are blank, by set
-        and decoding."""
+        """What a mean does not show: prompts and those of them that were cut, by set; by set and decoding, continuations
+        that are blank, and those that ended before their last token was due."""
         prompts = {f.key.dataset or "": f.columns[:, 0] for f in self.figures if f.key.metric == "truncated_share"}
         empty: dict[str, int] = {}
+        ended: dict[str, int] = {}
         for sample in self.samples:
             name = f"{sample['dataset']} {sample['decode']}"
             empty[name] = empty.get(name, 0) + (not sample["continuation"].strip())
+            ended[name] = ended.get(name, 0) + sample["ended"]
         return {
             "prompts": {name: len(cut) for name, cut in prompts.items()},
             "prompts_cut": {name: int(cut.sum()) for name, cut in prompts.items()},
             "empty_continuations": empty,
+            "ended_continuations": ended,
         }
 
     def save(self, path: Path) -> None:

@@ -5,8 +5,9 @@
     acc_norm   argmax of log p / characters of the choice
 
 As lm-evaluation-harness scores them, item by item: prompt and choice are tokenised together, spaces that end the prompt
-with the choice, and what exceeds the context is cut from the left. Choices that differ in their last token alone, such as
-letters, share one forward.
+with the choice, and what exceeds the context is cut from the left. A token that holds the prompt's end and the choice's
+beginning is the choice's (`expunge.ids.split`). Choices that differ in their last token alone, such as letters, share one
+forward.
 
     logps, cut = choice_logps(model, tokenizer, load_questions("wmdp-cyber"))
     is_right(questions, logps, "acc").mean()
@@ -14,6 +15,7 @@ letters, share one forward.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +23,8 @@ import torch
 
 from expunge.data.multiple_choice import Question
 from expunge.errors import ExpungeError
-from expunge.models import context_length, head_logits, hidden_states, in_batches
+from expunge.ids import check_known, leading_tokens, split
+from expunge.models import context_length, head_logits, hidden_states, in_batches, known_tokens
 
 Mode = Literal["acc", "acc_norm"]
 
@@ -54,7 +57,7 @@ def choice_logps(
     progress: called with (rows done, rows in all). Raises ExpungeError for a choice without tokens, or beyond the context.
     """
     starts = np.cumsum([0, *(len(question.choices) for question in questions)])
-    rows, cut = _rows(tokenizer, questions, starts, context_length(model))
+    rows, cut = _rows(tokenizer, questions, starts, context_length(model), known_tokens(model))
     rows.sort(key=lambda row: len(row.ids), reverse=True)
     logps = np.zeros(starts[-1])
 
@@ -92,19 +95,22 @@ def lengths_differ(questions: Sequence[Question]) -> bool:
     return any(len({len(choice) for choice in question.choices}) > 1 for question in questions)
 
 
-def _rows(tokenizer: Any, questions: Sequence[Question], starts: np.ndarray, context: int) -> tuple[list[_Row], np.ndarray]:
+def _rows(
+    tokenizer: Any, questions: Sequence[Question], starts: np.ndarray, context: int, known: int
+) -> tuple[list[_Row], np.ndarray]:
     """What is to be run for all questions, and which of them were cut."""
     rows: list[_Row] = []
     cut = np.zeros(len(questions), dtype=bool)
     for first in range(0, len(questions), QUESTIONS_AT_ONCE):
         some = questions[first : first + QUESTIONS_AT_ONCE]
-        for number, (prompt, choices) in enumerate(_encoded(tokenizer, some), first):
+        for number, choices in enumerate(_encoded(tokenizer, some), first):
             shared: dict[tuple[int, ...], _Row] = {}
-            for place, tokens in enumerate(choices):
+            for place, (prompt, tokens) in enumerate(choices):
                 if not 0 < len(tokens) <= context:
                     what = f"{len(tokens)} tokens, more than the context of {context}" if tokens else "no token of its own"
                     raise ExpungeError(f"question {number + 1}: its choice {place} has {what}: write it in other words")
                 ids = prompt + tokens
+                check_known([ids], known, tokenizer)
                 cut[number] |= len(ids) > context + 1
                 ids = ids[-(context + 1) :][:-1]  # the last token is predicted, not read
                 row = shared.setdefault(tuple(ids), _Row(np.array(ids, dtype=np.int32)))
@@ -113,16 +119,14 @@ def _rows(tokenizer: Any, questions: Sequence[Question], starts: np.ndarray, con
     return rows, cut
 
 
-def _encoded(tokenizer: Any, questions: Sequence[Question]) -> list[tuple[list[int], list[list[int]]]]:
-    """Ids of each prompt, with the tokenizer's own bos, and of each choice after it."""
-    prompts = [question.prompt.rstrip() for question in questions]
-    texts = [question.prompt + choice for question in questions for choice in question.choices]
-    heads = tokenizer(prompts, verbose=False)["input_ids"]
-    wholes = iter(tokenizer(texts, verbose=False)["input_ids"])
-    return [
-        (head, [next(wholes)[len(head) :] for _ in question.choices])
-        for head, question in zip(heads, questions, strict=True)
-    ]
+def _encoded(tokenizer: Any, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
+    """Of each choice: ids of the prompt, with the tokenizer's own bos, and its own."""
+    lead = leading_tokens(tokenizer)
+    prompts = [question.prompt.rstrip() for question in questions for _ in question.choices]
+    wholes = [question.prompt + choice for question in questions for choice in question.choices]
+    choices = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
+    found = iter(split(tokenizer, prompts, choices))
+    return [[(lead + prompt, choice) for prompt, (choice,), _ in islice(found, len(q.choices))] for q in questions]
 
 
 def _batch_logps(model: torch.nn.Module, batch: Sequence[_Row]) -> list[tuple[int, float]]:

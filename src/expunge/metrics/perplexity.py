@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
-from expunge.models import context_length, head_logits, hidden_states, in_batches
+from expunge.ids import check_known, encode, leading_tokens
+from expunge.models import context_length, head_logits, hidden_states, in_batches, known_tokens
 
 LONGEST_WINDOW = 1024
 BATCH_TOKENS = 8192
@@ -39,7 +39,11 @@ class Windows:
 def row_nll(
     model: torch.nn.Module, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed -log p of the scored tokens of each row, and how many they are; float64 and int64 `[N]`."""
+    """Summed -log p of the scored tokens of each row, and how many they are; float64 and int64 `[N]`.
+
+    Raises ExpungeError for an id that the model does not know.
+    """
+    check_known((ids for ids, _ in rows), known_tokens(model))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     nll = np.zeros(len(rows))

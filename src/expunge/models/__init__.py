@@ -15,6 +15,8 @@ from expunge.models.forward import (
     hidden_states,
     in_batches,
     inner_model,
+    known_of,
+    known_tokens,
     width,
 )
 from expunge.models.loading import (
@@ -56,6 +58,8 @@ __all__ = [
     "in_batches",
     "inner_model",
     "is_adapter",
+    "known_of",
+    "known_tokens",
     "load_model",
     "load_outline",
     "loading_options",

@@ -61,6 +61,17 @@ def context_of(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
+def known_tokens(model: nn.Module) -> int:
+    """How many token ids the model's embedding has rows for."""
+    embedding: Any = inner_model(model).get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+
+
+def known_of(config: PreTrainedConfig) -> int | None:
+    """The same of a model of this configuration; None where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def head_scaling(model: nn.Module) -> tuple[float, float | None]:
     """(scale, cap) of the model's own forward: its logits are cap * tanh(scale * x / cap), or scale * x, of the head's x."""
     config = inner_model(model).config.get_text_config()

@@ -126,8 +126,12 @@ def load_outline(
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **trust)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
-    if adapter is None:  # one may come with tokens of its own
+    if adapter is None:
         _check_vocabulary(name, config, tokenizer)
+    elif (text := config.get_text_config()).vocab_size < len(
+        tokenizer
+    ):  # one may come with tokens of its own, and rows for them
+        text.vocab_size = len(tokenizer)
     return config, tokenizer
 
 

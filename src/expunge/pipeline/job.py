@@ -14,7 +14,7 @@ from expunge.assembly import (
 )
 from expunge.config import RunConfig
 from expunge.metrics.evaluation import check_room
-from expunge.models import context_of
+from expunge.models import context_of, known_of
 from expunge.pipeline.measuring import measure
 from expunge.pipeline.stages import claim, is_main_process
 from expunge.pipeline.training import train_or_skip
@@ -35,7 +35,7 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
     scorers = [load_scorer(name) for name in config.evaluation.scorers]
     outline, tokenizer = outline_of(config)
     data = evaluation_data(config.data, config.evaluation, tokenizer)
-    check_room(data, evaluation_plan(config.evaluation), tokenizer, context_of(outline))
+    check_room(data, evaluation_plan(config.evaluation), tokenizer, context_of(outline), known_of(outline))
     monitor_data(config, args, tokenizer)
     with claim(folder, config):
         publish = train_or_skip(config, folder, quiet)

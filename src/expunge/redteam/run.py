@@ -14,7 +14,7 @@ from expunge.config import RedTeamConfig, RunConfig
 from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import context_length, load_model, weights_digest
+from expunge.models import context_length, inner_model, known_of, load_model, weights_digest
 from expunge.provenance import digest, peak_memory_bytes
 from expunge.redteam.cases import Bench, Case, Subject, title
 from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
@@ -147,8 +147,9 @@ def _bench(
     measured, plan = measured_data(config, tokenizer), measured_plan(config)
     added = max((attack.adds for attack in attacks), default=0)
     longer = dataclasses.replace(plan, suffix=(0,) * added)
-    room = added + check_room(measured, longer, tokenizer, context_length(unlearned.model))
-    had = dataclasses.replace(attackers_data(config, team, tokenizer, scorers[0], measured), room=room)
+    known = known_of(inner_model(unlearned.model).config)
+    room = added + check_room(measured, longer, tokenizer, context_length(unlearned.model), known)
+    had = dataclasses.replace(attackers_data(config, team, tokenizer, scorers[0], measured), room=room, known=known)
     for attack in attacks:
         attack.check(unlearned.model, original.model if original else None, had)
     budget = Budget(team.steps, team.queries, team.seconds, team.utility_bound)

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.data.rows import PairRows, SetRows
-from expunge.data.tokenize import encode, leading_tokens
 from expunge.errors import ExpungeError
-from expunge.models import context_length
+from expunge.ids import check_known, encode, leading_tokens
+from expunge.models import context_length, known_tokens
 from expunge.training.arguments import UnlearnConfig
 
 log = logging.getLogger("expunge")
@@ -34,8 +35,10 @@ def tokenized(
     return rows, truncation
 
 
-def check_room(model: nn.Module, rows: PairRows | SetRows) -> None:
-    """Raise ExpungeError where a prompt and its continuation are longer than the model's context."""
+def check_room(model: nn.Module, rows: PairRows | SetRows, tokenizer: Any = None) -> None:
+    """Raise ExpungeError where a prompt and its continuation are longer than the model's context, or have an id that the
+    model does not know."""
+    check_known(rows.sequences(None), known_tokens(model), tokenizer)
     longest = max(map(len, rows.sequences(("retain", "forget"))))
     if longest > (context := context_length(model)):
         kind = "pair" if isinstance(rows, PairRows) else "text"

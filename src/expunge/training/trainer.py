@@ -37,12 +37,14 @@ from expunge.data.rows import PairRows, SetRows
 from expunge.data.tokenize import tokenize_labelled
 from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step, shares_prefix
 from expunge.errors import ExpungeError
+from expunge.ids import check_known
 from expunge.methods import Material, Method
 from expunge.models import (
     Reference,
     context_length,
     depth,
     evaluating,
+    known_tokens,
     only_training,
     original,
     weights_digest,
@@ -105,7 +107,7 @@ class UnlearnTrainer(Trainer):
             args.max_grad_norm = method.max_grad_norm
         rows, self.truncation = tokenized(train_dataset, args, processing_class)
         self.rows = rows
-        check_room(model, rows)
+        check_room(model, rows, processing_class)
         without_dropout(model)
         set_seed(args.seed)
         self.heads = nn.ModuleDict(dict(method.heads(width(model)))).to(args.device)
@@ -146,6 +148,7 @@ class UnlearnTrainer(Trainer):
         forget = [self.rows[at]["forget"] for at in range(min(FIRST, len(self.rows)))]
         longest = min(most, context_length(model))
         labelled = tokenize_labelled(probe_data, tokenizer, longest) if self.method.labelled else []
+        check_known((ids for ids, _ in labelled), known_tokens(model), tokenizer)
         with torch.no_grad(), original(model), torch.random.fork_rng():
             self.method.prepare(dict(self.heads), Material(model, forget, labelled))
 
