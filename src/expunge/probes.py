@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from expunge.errors import ExpungeError
-from expunge.models import Layer, hidden_states, in_batches
+from expunge.models import Layer, check_model, hidden_states, in_batches
 
 BATCH_TOKENS = 8192
 CHANCE = 0.6  # an area under the curve below which a probe is as good as none
@@ -67,6 +67,7 @@ def pooled_states_at(
     """`pooled_states` of several layers, in one forward of each row."""
     if not all(rows):
         raise ExpungeError("a text without tokens has no states; leave it out")
+    check_model(model)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     found: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in layers}

@@ -26,7 +26,7 @@ from torch import nn
 from expunge.data.selection import Selection
 from expunge.errors import ExpungeError
 from expunge.generation import check_room, keyed_top_p, sample_key, splitmix64, with_start
-from expunge.models import body, frozen, head_logits, in_batches, inner_model
+from expunge.models import body, check_model, frozen, head_logits, in_batches, inner_model, keeps_keys
 from expunge.probes import Probe
 
 BATCH_TOKENS = 4096
@@ -79,6 +79,11 @@ def perturbed(
     will do. probe: on the mean of final states. progress: called with (rows done, rows in all).
     Raises ExpungeError for a prompt without room for the continuation, or a model without keys and values.
     """
+    check_model(model)
+    if not keeps_keys(model):
+        raise ExpungeError(
+            f"PPLM moves keys and values, and {type(inner_model(model)).__name__} keeps something else; use best-of-n"
+        )
     keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
     check_room(model, keys, recipe.max_new_tokens + recipe.horizon)
     distinct = sorted(set(keys), key=len)
