@@ -73,7 +73,7 @@ def by_token(model: nn.Module, slope: torch.Tensor, vocabulary: int) -> torch.Te
 def keys_and_values(model: nn.Module, ids: torch.Tensor) -> KeysValues | None:
     """Of ids `[T]`; None where a layer keeps something else, as a recurrent one does, or dropped what left its window."""
     output = body(model)(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    cache: Any = getattr(output, "past_key_values", None)
     if not copies_rows(cache) or any(layer.keys.shape[-2] != len(ids) for layer in cache.layers):
         return None
     return [(layer.keys, layer.values) for layer in cache.layers]

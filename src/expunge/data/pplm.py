@@ -202,10 +202,7 @@ def _run(model: nn.Module, cache: Cache, **inputs: torch.Tensor) -> tuple[torch.
 
 
 def _tensors(cache: Cache) -> Pairs:
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
-        raise ExpungeError(f"PPLM moves keys and values, and this model's {type(cache).__name__} holds none; use best-of-n")
-    return [(layer.keys, layer.values) for layer in layers]
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _sums(base: Pairs, moves: list[torch.Tensor]) -> Pairs:

@@ -3,6 +3,8 @@
 model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA adapters included
 """
 
+from expunge.models.caches import batches_unequal, copies_rows, keeps_keys
+from expunge.models.checks import check_model
 from expunge.models.forward import (
     Layer,
     blocks,
@@ -16,8 +18,6 @@ from expunge.models.forward import (
     width,
 )
 from expunge.models.head import Form, check_copied_head, head_form, head_logits, output_layer, tolerance, vocabulary
-from expunge.models.caches import batches_unequal, copies_rows, keeps_keys
-from expunge.models.checks import check_model
 from expunge.models.loading import (
     BUILTIN,
     BUILTINS,

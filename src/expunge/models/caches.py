@@ -28,8 +28,9 @@ _UNEQUAL: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictiona
 
 def copies_rows(cache: Any) -> bool:
     """Does every layer of `cache` hold keys and values, row by row, and nothing else? A kind that is not known does not."""
-    layers = cache.layers if type(cache) is DynamicCache else []
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers)
+    layers: list[Any] = cache.layers if type(cache) is DynamicCache else []
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return bool(layers) and all(type(layer) in known and layer.is_initialized for layer in layers)
 
 
 @torch.no_grad()

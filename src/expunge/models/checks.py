@@ -9,10 +9,11 @@ import weakref
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from expunge.errors import ExpungeError
 from expunge.models.forward import Layer, blocks, hidden_states, inner_model, width
-from expunge.models.head import exact, head_logits, own_logits, tolerance
+from expunge.models.head import head_logits, own_logits, tolerance
 from expunge.models.reference import evaluating
 
 TOKENS = 6
@@ -32,10 +33,10 @@ def check_model(model: nn.Module) -> None:
         _CHECKED.add(inner)
 
 
-def _check(inner: nn.Module) -> None:
+def _check(inner: PreTrainedModel) -> None:
     name, near = type(inner).__name__, tolerance(inner)
-    size = inner_model(inner).config.get_text_config().vocab_size
-    device = inner_model(inner).get_input_embeddings().weight.device
+    size = inner.config.get_text_config().vocab_size
+    device = next(inner.get_input_embeddings().parameters()).device
     ids = torch.tensor([[(7 + 13 * (i + 5 * row)) % size for i in range(TOKENS)] for row in range(2)], device=device)
     mask = torch.ones_like(ids)
     mask[1, TOKENS // 2 :] = 0
@@ -44,10 +45,9 @@ def _check(inner: nn.Module) -> None:
         try:
             states = hidden_states(inner, ids, mask, layers)
             alone = hidden_states(inner, ids[1:, : TOKENS // 2], mask[1:, : TOKENS // 2], ["final"])["final"]
-            own = type(inner).forward(inner, input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[operator]
-            theirs = type(inner_model(inner)).forward(
-                inner, input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-            )
+            asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_hidden_states": True}
+            output = type(inner).forward(inner, **asked)  # without accelerate's autocast
+            own, named = output.logits, getattr(output, "hidden_states", None) or ()
         except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             raise _unsupported(name, f"its forward takes more than ids and a mask ({_first_line(error)})") from None
         for layer, found in states.items():
@@ -61,10 +61,10 @@ def _check(inner: nn.Module) -> None:
     # above rounding, where experts are chosen by batch
     if not _alike(final[1:, : TOKENS // 2], alone, max(near, 0.02)):
         raise _unsupported(name, "padding after a text changes its states")
-    named = getattr(theirs, "hidden_states", None) or ()
     if len(named) == len(layers) - 1:
         ours = [states[layer] for layer in layers]  # RWKV names what leaves a block, the others what enters it
-        if not any(all(_same(*pair, real, near) for pair in zip(ours[first:], named[:-1])) for first in (0, 1)):
+        ways = (zip(some, named[:-1], strict=True) for some in (ours[:-2], ours[1:-1]))
+        if not any(all(_same(found, wanted, real, near) for found, wanted in way) for way in ways):
             raise _unsupported(name, "what enters its blocks are not its hidden states")
 
 
@@ -79,7 +79,7 @@ def _alike(found: torch.Tensor, wanted: torch.Tensor, near: float) -> bool:
 
 
 def _unsupported(name: str, why: str) -> ExpungeError:
-    return ExpungeError(f"{name} is not supported: {why}; expunge edits and measures what it can read as the model itself does")
+    return ExpungeError(f"{name} is not supported: {why}, and expunge edits and measures by what it reads there")
 
 
 def _first_line(error: Exception) -> str:

@@ -95,8 +95,8 @@ def check_copied_head(model: nn.Module) -> None:
 
 def _needs_live(model: nn.Module) -> ExpungeError:
     return ExpungeError(
-        f"{type(inner_model(model)).__name__}: its head is more than one layer, so stored states do not give its logits: set "
-        "training.reference=live"
+        f"{type(inner_model(model)).__name__}: its head is more than one layer, so stored states do not give its logits: "
+        "set training.reference=live"
     )
 
 
