@@ -205,7 +205,7 @@ def test_a_head_that_expunge_does_not_know_is_one_line(tiny_model, monkeypatch):
         return CausalLMOutput(logits=own(*args, **inputs).logits + 1)
 
     monkeypatch.setattr(type(model), "forward", offset)
-    with pytest.raises(ExpungeError, match="LlamaForCausalLM: its logits are not"):
+    with pytest.raises(ExpungeError, match="LlamaForCausalLM: its logits do not follow"):
         check_head(model, collate(ROWS))
 
 

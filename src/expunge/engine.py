@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.layout import Packed, Region, Side, pack
 from expunge.losses import chunked_sequence_logps, chunked_token_kl, sequence_logps, token_kl
 from expunge.losses.chunked import PLAIN, Projection
 from expunge.losses.likelihood import Direction
-from expunge.models import Layer, Reference, head_logits, head_scaling, hidden_states, inner_model, original
+from expunge.models import (
+    Layer,
+    Reference,
+    head_form,
+    head_logits,
+    hidden_states,
+    inner_model,
+    original,
+    output_layer,
+    tolerance,
+)
 
 
 def collate(features: Sequence[Mapping[str, tuple[list[int], list[int]]]]) -> dict[str, dict[str, torch.Tensor]]:
@@ -196,6 +206,9 @@ def run_step(
     frozen_head = None if reference is None or reference.head is None else reference.head.to(policy.packed.ids.device)
 
     def ref_logits(hidden: torch.Tensor) -> torch.Tensor:
+        if reference is not None and reference.copy is not None:
+            with reference.of(model) as frozen:
+                return head_logits(frozen, hidden)
         with original(model):
             return head_logits(model, hidden, frozen_head)
 
@@ -210,11 +223,12 @@ def _head(
     chunked: bool,
     layer: nn.Module | None = None,
 ) -> Head:
-    """In parts where they may be chunked and it is just a linear layer: no adapter on it, not quantized."""
-    layer = layer or inner_model(model).get_output_embeddings()
-    if not chunked or type(layer) is not nn.Linear:
+    """In parts where they may be chunked and it is proved to be a linear layer: no adapter on it, not quantized."""
+    layer = layer or output_layer(model)
+    form = head_form(model) if chunked and type(layer) is nn.Linear else None
+    if form is None or type(layer) is not nn.Linear:
         return Head(logits)
-    return Head(logits, layer, Projection(*head_scaling(model)))
+    return Head(logits, layer, Projection(form.scale, form.cap))
 
 
 def _states(model: nn.Module, sides: Mapping[str, Side], layers: Sequence[Layer], plain: bool) -> States:
@@ -233,14 +247,16 @@ def shares_prefix(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tenso
         plain = _states(model, sides, layers, plain=True)
         try:
             shared = _states(model, sides, layers, plain=False)
-        except (TypeError, ValueError, RuntimeError):  # it takes no position ids, or no mask of ours
+        except Exception as error:  # it takes no position ids, or no mask of ours
+            if is_out_of_memory(error):
+                raise
             return False
-    tolerance = _tolerance(model)
+    near = tolerance(model)
     for name, side in sides.items():
         real = side.mask("all")
         for layer in layers:
             a, b = (states.packed.side(name, states.layers[layer])[real].float() for states in (shared, plain))
-            if not (a - b).abs().mean() <= tolerance * b.abs().mean():
+            if not (a - b).abs().mean() <= near * b.abs().mean():
                 return False
     return True
 
@@ -255,17 +271,11 @@ def check_head(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tensor]]
         states = hidden_states(model, ids, torch.ones_like(ids), ["final"])["final"]
         ours = head_logits(model, states).float()
         own = type(inner).forward(inner, input_ids=ids, use_cache=False).logits.float()  # without accelerate's autocast
-    if not (ours - own).abs().mean() <= _tolerance(inner) * own.abs().mean():
+    if not (ours - own).abs().mean() <= tolerance(inner) * own.abs().mean():
         raise ExpungeError(
-            f"{type(inner).__name__}: its logits are not its head's output of the final states, scaled and capped as its "
-            "configuration says; expunge cannot train an architecture whose logits it does not know"
+            f"{type(inner).__name__}: its logits do not follow from the final states of its body; expunge cannot train an "
+            "architecture whose logits it does not know"
         )
-
-
-def _tolerance(model: nn.Module) -> float:
-    """Of a mean difference, relative: rounding is far below it, an error far above."""
-    inner = inner_model(model)
-    return 1e-4 if inner.dtype.itemsize >= 4 and not getattr(inner, "is_quantized", False) else 5e-2
 
 
 def inside_forward(wrapped: nn.Module, inner: nn.Module, fn: Callable[..., Any], *args: Any) -> Any:

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import count, takewhile
+from itertools import count, groupby, takewhile
 from typing import Any
 
 import torch
@@ -22,7 +22,15 @@ from transformers.cache_utils import DynamicLayer
 
 from expunge.errors import ExpungeError
 from expunge.ids import check_known, with_start
-from expunge.models import context_length, evaluating, in_batches, inner_model, known_tokens
+from expunge.models import (
+    batches_unequal,
+    check_model,
+    context_length,
+    evaluating,
+    in_batches,
+    inner_model,
+    known_tokens,
+)
 
 TOP = 1024
 """Logits that are sorted at every step; a row whose nucleus is wider is raced in full, without sorting."""
@@ -69,13 +77,18 @@ def generate(
     rows = [(number, sample) for number in range(len(distinct)) for sample in range(decoding.samples or 1)]
     done: dict[Row, list[int]] = {}
     ends = end_tokens(model, tokenizer)
+    check_model(model)
+    together = batches_unequal(model)
     with _quiet_inference(model) as inner:
         size = batch_size or _rows_that_fit(inner, max(map(len, distinct), default=0) + decoding.max_new_tokens)
 
         def work(batch: Sequence[Row]) -> None:
-            done.update(zip(batch, _continue_rows(inner, ends, distinct, batch, decoding), strict=True))
+            done.update(zip(batch, _continue_rows(inner, ends, distinct, batch, decoding, together), strict=True))
+            if progress:
+                progress(len(done), len(rows))
 
-        in_batches(rows, lambda _: size, work, progress)
+        for _, alike in groupby(rows, key=lambda row: together or len(distinct[row[0]])):
+            in_batches(list(alike), lambda _: size, work)
     number_of = {key: number for number, key in enumerate(distinct)}
     return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
 
@@ -131,9 +144,14 @@ def _rows_that_fit(model: PreTrainedModel, length: int) -> int:
 
 
 def _continue_rows(
-    model: PreTrainedModel, ends: list[int], prompts: list[tuple[int, ...]], rows: Sequence[Row], decoding: Decoding
+    model: PreTrainedModel,
+    ends: list[int],
+    prompts: list[tuple[int, ...]],
+    rows: Sequence[Row],
+    decoding: Decoding,
+    together: bool,
 ) -> list[list[int]]:
-    """New ids of each row of one batch. Samples of a prompt share its prefill."""
+    """New ids of each row of one batch. together: samples of a prompt share its prefill; else each row is run whole."""
     first = rows[0][0]
     ids, mask = _left_padded(prompts[first : rows[-1][0] + 1], model.device)
     prompt_of = torch.tensor([number - first for number, _ in rows], device=model.device)
@@ -144,7 +162,7 @@ def _continue_rows(
     if decoding.samples:
         keys = [sample_key(decoding.seed, prompts[number], sample) for number, sample in rows]
         processors.append(_KeyedTopP(torch.tensor(keys, device=model.device), ids.shape[1], decoding))
-    cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings)
+    cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings) if together and ids.shape[1] > 1 else None
     if cache is not None:
         cache.batch_select_indices(prompt_of)
         cache.layers = [_Roomy.of(layer, decoding.max_new_tokens) for layer in cache.layers]
@@ -168,12 +186,10 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 
 def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> Any:
-    """The cache of all prompt tokens but the last, one row per prompt; None where a model has none to share."""
-    if not ids.shape[1]:
-        return None
+    """The keys and values of all prompt tokens but the last, one row per prompt."""
     config = GenerationConfig(max_new_tokens=1, return_dict_in_generate=True, **settings)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-    return getattr(output, "past_key_values", None)
+    return output.past_key_values
 
 
 class _Roomy(DynamicLayer):
@@ -183,7 +199,7 @@ class _Roomy(DynamicLayer):
 
     @classmethod
     def of(cls, layer: Any, room: int) -> Any:
-        """`layer` with `room` more places; a layer of another kind (sliding, recurrent) is left as it is."""
+        """`layer` with `room` more places; one with a sliding window is left as it is."""
         if type(layer) is not DynamicLayer or not layer.get_seq_length():
             return layer
         keys: Any = layer.keys

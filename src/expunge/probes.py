@@ -23,7 +23,7 @@ from torch import nn
 
 from expunge.errors import ExpungeError
 from expunge.ids import check_known
-from expunge.models import Layer, hidden_states, in_batches, known_tokens
+from expunge.models import Layer, check_model, hidden_states, in_batches, known_tokens
 
 BATCH_TOKENS = 8192
 CHANCE = 0.6  # an area under the curve below which a probe is as good as none
@@ -69,6 +69,7 @@ def pooled_states_at(
     check_known(rows, known_tokens(model))
     if not all(rows):
         raise ExpungeError("a text without tokens has no states; leave it out")
+    check_model(model)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     found: dict[Layer, list[torch.Tensor]] = {layer: [] for layer in layers}

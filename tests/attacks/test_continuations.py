@@ -9,7 +9,7 @@ from expunge.attacks import continuations
 from expunge.attacks.continuations import TargetLosses, first_changes, mellowmax
 from expunge.attacks.tokens import Target
 from expunge.errors import ExpungeError
-from expunge.models import body, frozen
+from expunge.models import body, check_model, frozen
 from expunge.steering import Shift, Steering, detach
 
 TARGETS = [Target([5, 6, 7], [8, 9, 10, 11]), Target([15, 16, 17, 3, 4, 5, 6, 7], [100, 9, 101])]
@@ -150,6 +150,7 @@ def test_rows_start_at_the_first_change_of_their_batch_and_the_head_sees_targets
     strings = current.repeat(4, 1)
     strings[torch.arange(4), torch.tensor([3, 0, 3, 2])] = 200
     bodies, heads = [], []
+    check_model(model)
     model.transformer.h[0].register_forward_hook(lambda module, args, output: bodies.append(tuple(args[0].shape[:2])))
     monkeypatch.setattr(continuations, "_rows_that_fit", lambda *_: 2)
     original = continuations.head_logits

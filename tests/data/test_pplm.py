@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from expunge.data import pplm
 from expunge.data.builders import BestOfN, build_pairs, draw
@@ -160,10 +160,14 @@ def test_settings_and_models_that_cannot_be(tiny_model, tokenizer):
         with pytest.raises(ExpungeError, match="need"):
             PPLM(**settings)
     assert {name: PPLM(**settings).iterations for name, settings in PRESETS.items()} == {"lee2024": 50, "pplm": 3}
-    with pytest.raises(ExpungeError, match="holds none; use best-of-n"):
-        pplm._tensors(DynamicCache())
     with pytest.raises(ExpungeError, match="context"):
         perturbed(tiny_model(), tokenizer, [[1] * 59], probe_of(tiny_model()), FAST)
+
+
+def test_a_model_that_keeps_more_than_keys_is_refused_before_any_work(tokenizer):
+    config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=3, state_size=8, eos_token_id=0)
+    with pytest.raises(ExpungeError, match="MambaForCausalLM keeps something else; use best-of-n"):
+        perturbed(MambaForCausalLM(config), tokenizer, [[5, 17, 9]], Probe(torch.zeros(32), 0.0, 1.0), FAST)
 
 
 class LengthScorer(Scorer):

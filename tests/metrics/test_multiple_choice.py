@@ -13,6 +13,7 @@ from expunge.metrics import multiple_choice
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation, Key, rows
 from expunge.metrics.multiple_choice import chance, choice_logps, is_right
+from expunge.models import check_model
 
 LETTERS = (" A", " B", " C", " D")
 QUESTIONS = [
@@ -76,6 +77,7 @@ def test_batches_padding_chunks_and_order_change_nothing(tiny_model, tokenizer, 
 
 def test_letters_share_one_forward(tiny_model, tokenizer):
     model, seen = tiny_model(), []
+    check_model(model)
     model.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )

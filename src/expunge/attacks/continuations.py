@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from psutil import virtual_memory
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from expunge.attacks.tokens import Target
-from expunge.models import body, head_logits, in_batches, inner_model
+from expunge.models import body, check_model, copies_rows, head_logits, in_batches, inner_model
 
 Loss = Literal["cross_entropy", "mellowmax"]
 LOGITS = 2**22
@@ -73,14 +73,10 @@ def by_token(model: nn.Module, slope: torch.Tensor, vocabulary: int) -> torch.Te
 def keys_and_values(model: nn.Module, ids: torch.Tensor) -> KeysValues | None:
     """Of ids `[T]`; None where a layer keeps something else, as a recurrent one does, or dropped what left its window."""
     output = body(model)(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    whole = [
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        and layer.is_initialized
-        and layer.keys.shape[-2] == len(ids)
-        for layer in layers
-    ]
-    return [(layer.keys, layer.values) for layer in layers] if layers and all(whole) else None
+    cache: Any = getattr(output, "past_key_values", None)
+    if not copies_rows(cache) or any(layer.keys.shape[-2] != len(ids) for layer in cache.layers):
+        return None
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class TargetLosses:
@@ -90,6 +86,7 @@ class TargetLosses:
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target], loss: Loss = "cross_entropy", share: bool = True):
+        check_model(model)
         self.model = inner_model(model)
         self.each = [_TargetLoss(self.model, target, loss, share) for target in targets]
 

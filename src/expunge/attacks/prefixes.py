@@ -26,7 +26,17 @@ from transformers import DynamicCache
 from expunge.attacks.continuations import KeysValues, block_bytes, by_token, free_bytes, keys_and_values, shared_cache
 from expunge.attacks.tokens import Target
 from expunge.engine import collate
-from expunge.models import Layer, depth, head_logits, hidden_states, in_batches, inner_model, width
+from expunge.models import (
+    Layer,
+    check_model,
+    depth,
+    head_logits,
+    hidden_states,
+    in_batches,
+    inner_model,
+    vocabulary,
+    width,
+)
 
 if TYPE_CHECKING:
     from expunge.attacks.enhanced_gcg import EnhancedGCG
@@ -65,6 +75,8 @@ class PrefixLosses:
         start: int,
         settings: "EnhancedGCG",
     ):
+        for model in (victim, reference):
+            check_model(model)
         self.victim, self.reference, self.start, self.settings = victim, reference, start, settings
         self.targets = sorted(targets, key=lambda target: len(target.prompt) + len(target.ids))
         self.layers: list[Layer] = list(layers)
@@ -81,7 +93,7 @@ class PrefixLosses:
     def vocabulary(self) -> int:
         """Ids that both models know, in and out."""
         models = (self.victim, self.reference)
-        return min(len(m.weight) for model in models for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        return min(size for model in models for size in (len(model.get_input_embeddings().weight), vocabulary(model)))
 
     def total(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of the parts, by their weights, `[N]`."""
@@ -249,7 +261,7 @@ def _states(
 def token_losses(model: Any, states: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """-log p `[n]` of the `scored` ids, bool `[R, T]`, after final states `[R, T, d]`; some logits at a time."""
     predicting, wanted = states[:, :-1][scored[:, 1:]], ids[scored]
-    chunk = max(1, LOGITS // len(model.get_output_embeddings().weight))
+    chunk = max(1, LOGITS // vocabulary(model))
     parts = zip(predicting.split(chunk), wanted.split(chunk), strict=True)
     logits = ((_wide(head_logits(model, some)).to(of.device), of) for some, of in parts)
     return torch.cat([F.cross_entropy(found, of, reduction="none") for found, of in logits])

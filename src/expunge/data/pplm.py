@@ -27,7 +27,7 @@ from expunge.data.selection import Selection
 from expunge.errors import ExpungeError
 from expunge.generation import check_room, end_tokens, keyed_top_p, sample_key, splitmix64, until_end
 from expunge.ids import with_start
-from expunge.models import body, frozen, head_logits, in_batches, inner_model
+from expunge.models import body, check_model, frozen, head_logits, in_batches, inner_model, keeps_keys
 from expunge.probes import Probe
 
 BATCH_TOKENS = 4096
@@ -80,6 +80,11 @@ def perturbed(
     will do. probe: on the mean of final states. progress: called with (rows done, rows in all).
     Raises ExpungeError for a prompt without room for the continuation, or a model without keys and values.
     """
+    check_model(model)
+    if not keeps_keys(model):
+        raise ExpungeError(
+            f"PPLM moves keys and values, and {type(inner_model(model)).__name__} keeps something else; use best-of-n"
+        )
     keys, ends = [tuple(with_start(tokenizer, prompt)) for prompt in prompts], end_tokens(model, tokenizer)
     check_room(model, keys, recipe.max_new_tokens + recipe.horizon)
     distinct = sorted(set(keys), key=len)
@@ -198,10 +203,7 @@ def _run(model: nn.Module, cache: Cache, **inputs: torch.Tensor) -> tuple[torch.
 
 
 def _tensors(cache: Cache) -> Pairs:
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
-        raise ExpungeError(f"PPLM moves keys and values, and this model's {type(cache).__name__} holds none; use best-of-n")
-    return [(layer.keys, layer.values) for layer in layers]
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _sums(base: Pairs, moves: list[torch.Tensor]) -> Pairs:

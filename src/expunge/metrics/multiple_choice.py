@@ -24,7 +24,7 @@ import torch
 from expunge.data.multiple_choice import Question
 from expunge.errors import ExpungeError
 from expunge.ids import check_known, leading_tokens, split
-from expunge.models import context_length, head_logits, hidden_states, in_batches, known_tokens
+from expunge.models import check_model, context_length, head_logits, hidden_states, in_batches, known_tokens, vocabulary
 
 Mode = Literal["acc", "acc_norm"]
 
@@ -56,6 +56,7 @@ def choice_logps(
 
     progress: called with (rows done, rows in all). Raises ExpungeError for a choice without tokens, or beyond the context.
     """
+    check_model(model)
     starts = np.cumsum([0, *(len(question.choices) for question in questions)])
     rows, cut = _rows(tokenizer, questions, starts, context_length(model), known_tokens(model))
     rows.sort(key=lambda row: len(row.ids), reverse=True)
@@ -153,8 +154,7 @@ def _batch_logps(model: torch.nn.Module, batch: Sequence[_Row]) -> list[tuple[in
 
 def _token_logps(model: torch.nn.Module, states: torch.Tensor, asked: torch.Tensor) -> np.ndarray:
     """log p of tokens after `states` `[S, d]`, over chunks of states. asked: `[A, 2]`, state and token."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    size = max(1, LOGITS_AT_ONCE // vocabulary(model))
     values = torch.zeros(len(asked), dtype=torch.float64)
     for start in range(0, len(states), size):
         logps = head_logits(model, states[start : start + size]).float().log_softmax(-1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from expunge.errors import ExpungeError
 from expunge.ids import check_known, encode, leading_tokens
-from expunge.models import context_length, head_logits, hidden_states, in_batches, known_tokens
+from expunge.models import check_model, context_length, head_logits, hidden_states, in_batches, known_tokens, vocabulary
 
 LONGEST_WINDOW = 1024
 BATCH_TOKENS = 8192
@@ -44,6 +44,7 @@ def row_nll(
     Raises ExpungeError for an id that the model does not know.
     """
     check_known((ids for ids, _ in rows), known_tokens(model))
+    check_model(model)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     nll = np.zeros(len(rows))
@@ -70,8 +71,7 @@ def row_nll(
 
 def _token_nll(model: torch.nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p of `targets` `[N]`, on any device, after `states` `[N, d]`; over chunks of tokens: `[N, V]` is never whole."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    size = max(1, LOGITS_AT_ONCE // vocabulary(model))
     chunks = []
     for start in range(0, len(states), size):
         logits = head_logits(model, states[start : start + size]).float()

@@ -3,6 +3,8 @@
 model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA adapters included
 """
 
+from expunge.models.caches import batches_unequal, copies_rows, keeps_keys
+from expunge.models.checks import check_model
 from expunge.models.forward import (
     Layer,
     blocks,
@@ -10,8 +12,6 @@ from expunge.models.forward import (
     context_length,
     context_of,
     depth,
-    head_logits,
-    head_scaling,
     hidden_states,
     in_batches,
     inner_model,
@@ -19,6 +19,7 @@ from expunge.models.forward import (
     known_tokens,
     width,
 )
+from expunge.models.head import Form, check_copied_head, head_form, head_logits, output_layer, tolerance, vocabulary
 from expunge.models.loading import (
     BUILTIN,
     BUILTINS,
@@ -43,21 +44,27 @@ from expunge.models.reference import (
 __all__ = [
     "BUILTIN",
     "BUILTINS",
+    "Form",
     "Layer",
     "Reference",
+    "batches_unequal",
     "blocks",
     "body",
+    "check_copied_head",
+    "check_model",
     "context_length",
     "context_of",
+    "copies_rows",
     "depth",
     "evaluating",
     "frozen",
+    "head_form",
     "head_logits",
-    "head_scaling",
     "hidden_states",
     "in_batches",
     "inner_model",
     "is_adapter",
+    "keeps_keys",
     "known_of",
     "known_tokens",
     "load_model",
@@ -66,8 +73,11 @@ __all__ = [
     "local_folders",
     "only_training",
     "original",
+    "output_layer",
     "reading",
     "sharing_copy",
+    "tolerance",
+    "vocabulary",
     "weights_digest",
     "width",
     "without_dropout",

@@ -1,4 +1,4 @@
-"""A model's parts, whatever its architecture, and its forward from ids to hidden states and on to logits."""
+"""A model's parts, whatever its architecture, and its forward from ids to hidden states; on to logits: `head.py`."""
 
 import contextlib
 import sys
@@ -33,9 +33,11 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks in order: the one list of `num_hidden_layers` modules in the body."""
-    depth = inner_model(model).config.get_text_config().num_hidden_layers
-    for module in body(model).modules():
+    """The transformer blocks in order: the one list of `num_hidden_layers` modules in the decoder, no tower for images."""
+    inner = inner_model(model)
+    depth = inner.config.get_text_config().num_hidden_layers
+    decoder = inner.get_decoder()
+    for module in (body(model) if decoder is None or decoder is inner else decoder).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ExpungeError(f"{type(inner_model(model)).__name__}: no list of {depth} blocks found in its body")
@@ -70,26 +72,6 @@ def known_tokens(model: nn.Module) -> int:
 def known_of(config: PreTrainedConfig) -> int | None:
     """The same of a model of this configuration; None where it does not say."""
     return getattr(config.get_text_config(), "vocab_size", None)
-
-
-def head_scaling(model: nn.Module) -> tuple[float, float | None]:
-    """(scale, cap) of the model's own forward: its logits are cap * tanh(scale * x / cap), or scale * x, of the head's x."""
-    config = inner_model(model).config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-
-def head_logits(model: nn.Module, hidden: torch.Tensor, head: nn.Module | None = None) -> torch.Tensor:
-    """Logits `[..., V]` of final states `[..., d]`, scaled and soft-capped as the model's own forward does it.
-
-    head: a frozen copy of the model's head to take instead of it.
-    """
-    head = head or inner_model(model).get_output_embeddings()
-    assert head is not None  # a causal language model has one
-    scale, cap = head_scaling(model)
-    logits = head(hidden) if scale == 1 else head(hidden) * scale
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def hidden_states(

@@ -27,6 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from expunge.adapters import Adapter
 from expunge.errors import ExpungeError
+from expunge.models.checks import check_model
 from expunge.models.forward import body
 from expunge.paths import expand
 from expunge.registry import did_you_mean
@@ -96,6 +97,7 @@ def load_model(
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.eval()
     _check_causal(name, model)
+    check_model(model)
     return model, tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from expunge.models.forward import inner_model
+from expunge.models.head import check_copied_head, output_layer
 
 if TYPE_CHECKING:
     from expunge.states import StoredStates
@@ -29,9 +29,10 @@ class Reference:
         if not hasattr(model, "disable_adapter"):
             if stored is None:
                 self.copy = _frozen_copy(model, trained)
-                self.head = inner_model(self.copy).get_output_embeddings()
+                self.head = output_layer(self.copy)
             else:
-                self.head = _frozen_copy(inner_model(model).get_output_embeddings())  # type: ignore[arg-type]
+                check_copied_head(model)
+                self.head = _frozen_copy(output_layer(model))  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
