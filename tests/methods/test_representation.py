@@ -1,7 +1,9 @@
 """What holds of every method that works on states, whatever its loss: layouts, splits, what is trained, resumed runs."""
 
 import copy
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -145,6 +147,24 @@ def test_only_what_is_named_is_trained_and_the_reference_is_not(trainer_of, tiny
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable  # as it was given
     if not lora:
         assert all(torch.equal(p, reference[name]) for name, p in trainer.reference.copy.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("method", "deepest"), [(m, 2 if m.name in ("probe_directions", "circuit_breakers") else 1) for m in ONE_EACH], ids=str
+)
+def test_all_weights_are_trained_that_the_loss_reaches(trainer_of, tiny_model, architecture, method, deepest):
+    """As in the REPO paper: embeddings and every block up to the deepest state; decay does not touch what lies above."""
+    model = tiny_model(architecture)
+    method = dataclasses.replace(method, parameters="all")
+    assert method.placed(3).trains(model) is None
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer_of(method, model).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    reached = {name for block in range(deepest + 1) for name in parameters_in(model, [block], "all_block")}
+    reached |= {name for name in before if re.search("wte|wpe|embed_tokens", name)}
+    assert changed <= reached < set(before)
+    assert {name for name in reached if "bias" not in name} <= changed
 
 
 def test_other_weights_can_be_named(trainer_of, tiny_model):
