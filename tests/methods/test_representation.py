@@ -219,6 +219,23 @@ def test_an_alpha_that_runs_away_in_training_is_said(trainer_of, caplog):
     assert "alpha has run to its bound of 0.001 at step" in caplog.text
 
 
+def test_without_decay_the_optimizer_is_adam(trainer_of, monkeypatch):
+    """As Objectives Vary trains (appendix B); with decay it is not."""
+    ends = {}
+    for name, decay in (("adamw", 0.0), ("adam", 0.0), ("decayed", 0.1)):
+        trainer = trainer_of(CosineRMU(), weight_decay=decay)
+        if name == "adam":
+            _, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+            wanted = {key: options[key] for key in ("lr", "betas", "eps")}
+            monkeypatch.setattr(
+                trainer, "get_optimizer_cls_and_kwargs", lambda *_, wanted=wanted: (torch.optim.Adam, wanted)
+            )
+        trainer.train()
+        ends[name] = trainer.model.transformer.h[1].mlp.c_proj.weight.detach()
+    torch.testing.assert_close(ends["adamw"], ends["adam"], rtol=1e-6, atol=1e-7)
+    assert (ends["adamw"] - ends["decayed"]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("data", [None, SETS], ids=["pairs", "sets"])
 @pytest.mark.parametrize("method", [RMU(), ProbeDirections()], ids=named)
 def test_cached_states_train_as_the_live_reference(tmp_path, monkeypatch, trainer_of, method, data):
