@@ -66,8 +66,8 @@ def test_a_name_that_matches_nothing_lists_what_there_is(tiny_model):
     with pytest.raises(ExpungeError) as caught:
         parameters_in(model, [0, 1], "c_proj")
     assert str(caught.value) == (
-        "method.parameters='c_proj': no trainable weight of blocks 0, 1 is called so; expected mlp_out, all_block, or a "
-        "part of: input_layernorm, mlp.down_proj, mlp.gate_proj, mlp.up_proj, post_attention_layernorm, self_attn.k_proj, "
+        "method.parameters='c_proj': no trainable weight of blocks 0, 1 is called so; expected all, mlp_out, all_block, or "
+        "a part of: input_layernorm, mlp.down_proj, mlp.gate_proj, mlp.up_proj, post_attention_layernorm, self_attn.k_proj, "
         "self_attn.o_proj, self_attn.q_proj, self_attn.v_proj"
     )
     with pytest.raises(ExpungeError, match=r"'own_proj': no trainable"):

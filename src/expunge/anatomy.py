@@ -59,8 +59,8 @@ def parameters_in(model: nn.Module, which: Sequence[int], role: str) -> list[str
     if not found:
         numbers = ", ".join(map(str, which))
         raise ExpungeError(
-            f"method.parameters={role!r}: no trainable weight of blocks {numbers} is called so; expected mlp_out, "
-            f"all_block, or a part of: {', '.join(sorted(there)) or 'none, as all are frozen'}"
+            f"method.parameters={role!r}: no trainable weight of blocks {numbers} is called so; expected all, "
+            f"mlp_out, all_block, or a part of: {', '.join(sorted(there)) or 'none, as all are frozen'}"
         )
     return found
 

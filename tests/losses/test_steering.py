@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -73,6 +75,31 @@ def test_orthogonal_states_are_turned_far_enough_and_opposite_ones_are_left():
     assert rerouting_loss(torch.tensor([[[0.0, 3.0]]]), reference, mask).item() == 0
     torch.testing.assert_close(slopes[0.6], torch.tensor([[[0.64, -0.48]]]))  # (w - cos h) / |h|: downhill is away
     assert not slopes[-0.6].any()
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-4, 0.01, 0.5, 1.5])
+def test_the_slope_of_rerouting_is_the_sine_over_the_length(angle):
+    """|grad cos(h, h0)| = sin(angle) / |h|: none at the reference, where circuit breakers begin."""
+    length, mask = 3.0, torch.ones(1, 1, dtype=torch.bool)
+    reference = torch.tensor([[[5.0, 0.0]]], dtype=torch.double)
+    states = torch.tensor([[[length * math.cos(angle), length * math.sin(angle)]]], dtype=torch.double, requires_grad=True)
+    (slope,) = torch.autograd.grad(rerouting_loss(states, reference, mask), states)
+    assert slope.norm().item() == pytest.approx(math.sin(angle) / length, rel=1e-6, abs=1e-15)
+
+
+def test_descent_leaves_the_reference_by_a_growing_angle_and_never_from_it():
+    """In two dimensions a small angle grows by the factor 1 + rate / |h|^2 a step; an angle of 0 stays."""
+    rate, mask = 0.1, torch.ones(1, 1, dtype=torch.bool)
+    reference, angles = torch.tensor([[[1.0, 0.0]]], dtype=torch.double), {}
+    for start in (0.0, 1e-6):
+        states = torch.tensor([[[math.cos(start), math.sin(start)]]], dtype=torch.double)
+        for _ in range(50):
+            states.requires_grad_()
+            (slope,) = torch.autograd.grad(rerouting_loss(states, reference, mask), states)
+            states = (states - rate * slope).detach()
+        angles[start] = math.atan2(states[0, 0, 1], states[0, 0, 0])
+    assert angles[0.0] == 0
+    assert angles[1e-6] == pytest.approx(1e-6 * (1 + rate) ** 50, rel=1e-3)
 
 
 def test_a_probe_direction_is_squared_on_either_side():

@@ -91,6 +91,11 @@ def test_the_weights_go_with_a_layer_of_ones_own():
             "method.train_blocks=[2, 4]: adaptive_rmu wants blocks up to 3",
         ),
         ("cosine_rmu", {"train_blocks": []}, "method.train_blocks=[]: cosine_rmu wants blocks up to 3, where states are"),
+        (
+            "rmu",
+            {"train_blocks": [2, 3], "parameters": "all"},
+            "method.train_blocks=[2, 3]: rmu wants null beside method.parameters=all",
+        ),
         ("probe_directions", {"blocks": [1, 40]}, "block 40: the model has 12 blocks, 0 to 11"),
         ("probe_directions", {"blocks": []}, "method.blocks=[]: at least one block is needed"),
         ("circuit_breakers", {"blocks": [12]}, "block 12: the model has 12 blocks, 0 to 11"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,30 +26,46 @@ def test_the_score_gradient_is_the_gradient_of_the_mean():
     assert centred.std() < 0.5 * plain.std()
 
 
-def toy(reward: str, seed: int, start: float, steps: int = 1000) -> tuple[AlphaPolicy, list[float]]:
-    """L_F = (1 - x)^2 and L_R = x^2 of a single weight x, which goes to where L_F + alpha L_R is least: 1 / (1 + alpha).
+@pytest.fixture
+def known(monkeypatch):
+    """The recipe of a toy whose best alpha is known."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes/objectives_vary"))
+    import known_alpha
 
-    L_F + L_R / 0.05 is least at x = 1 / 21: alpha = 20. (1 - L_F) (1 - L_R) is greatest at x = 1 / 2: alpha = 1.
-    """
-    policy, x, means = AlphaPolicy(start, reward, seed=seed), 0.0, []
-    for _ in range(steps):
-        forget, retain = (1 - x) ** 2, x**2
-        x += 0.5 * (1 / (1 + policy.alpha) - x)
-        means.append(policy.observe(forget, retain)["alpha_mean"])
-    return policy, means
+    return known_alpha
 
 
-@pytest.mark.parametrize(("reward", "best"), [("normalised", 20), ("improvement", 20), ("product", 1)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_alpha_settles_near_the_best_for_its_reward(reward, best, seed):
-    _, means = toy(reward, seed, start=4.0)
-    assert sum(means[-300:]) / 300 == pytest.approx(best, rel=0.25)
+@pytest.mark.parametrize("start", [0.1, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize(
+    ("reward", "speed"), [("normalised", 0.5), ("normalised", 0.05), ("improvement", 0.05), ("product", 0.5)]
+)
+def test_alpha_is_found_from_wherever_it_starts(known, reward, speed, start):
+    """Within 15 %, by 2,000 steps; the spread of the draws puts it e^(0.3^2 / 2), 5 %, above the best fixed one."""
+    means = known.learn(AlphaPolicy(start, reward, seed=1), 2000, speed)
+    assert known.settled(means) == pytest.approx(known.BEST[reward], rel=0.15)
 
 
-def test_the_literal_reward_has_no_optimum_but_no_retain_loss(caplog):
+@pytest.mark.parametrize("reward", ["normalised", "product"])
+def test_of_fixed_alphas_the_best_is_the_known_one(known, reward):
+    """What the test above goes by: on a grid no other alpha leaves the toy with a higher reward."""
+    policy = AlphaPolicy(1.0, reward)
+    policy.observe(*known.losses(0.0))
+    grid = {
+        alpha: policy._reward(*known.losses(1 / (1 + alpha))) for alpha in (0.1, 0.5, 0.9, 1.0, 1.1, 18.0, 20.0, 22.0, 100.0)
+    }
+    assert max(grid, key=lambda alpha: grid[alpha]) == known.BEST[reward]
+
+
+def test_the_noise_of_batches_can_drown_what_alpha_does(known):
+    """The limit that docs/methods.md states: where a step does little and batches differ much, alpha does not get there."""
+    means = known.learn(AlphaPolicy(100.0, "normalised", seed=1), 1000, speed=0.01, noise=0.3)
+    assert known.settled(means) > 60
+
+
+def test_the_literal_reward_has_no_optimum_but_no_retain_loss(known, caplog):
     """L_F + alpha L_R >= L_F: alpha falls until it is stopped."""
     with caplog.at_level(logging.WARNING, "expunge"):
-        policy, means = toy("literal", seed=0, start=1.0, steps=1300)
+        means = known.learn(policy := AlphaPolicy(1.0, "literal", seed=0), 1300)
     assert means[500] < 0.1 and means[-1] == pytest.approx(1e-3, rel=1e-4)
     [line] = [record.message for record in caplog.records if "run to its bound of 0.001" in record.message]
     assert "nothing in method.reward=literal holds it" in line

@@ -1,7 +1,9 @@
 """What holds of every method that works on states, whatever its loss: layouts, splits, what is trained, resumed runs."""
 
 import copy
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -147,6 +149,24 @@ def test_only_what_is_named_is_trained_and_the_reference_is_not(trainer_of, tiny
         assert all(torch.equal(p, reference[name]) for name, p in trainer.reference.copy.named_parameters())
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("method", "deepest"), [(m, 2 if m.name in ("probe_directions", "circuit_breakers") else 1) for m in ONE_EACH], ids=str
+)
+def test_all_weights_are_trained_that_the_loss_reaches(trainer_of, tiny_model, architecture, method, deepest):
+    """As in the REPO paper: embeddings and every block up to the deepest state; decay does not touch what lies above."""
+    model = tiny_model(architecture)
+    method = dataclasses.replace(method, parameters="all")
+    assert method.placed(3).trains(model) is None
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trainer_of(method, model).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    reached = {name for block in range(deepest + 1) for name in parameters_in(model, [block], "all_block")}
+    reached |= {name for name in before if re.search("wte|wpe|embed_tokens", name)}
+    assert changed <= reached < set(before)
+    assert {name for name in reached if "bias" not in name} <= changed
+
+
 def test_other_weights_can_be_named(trainer_of, tiny_model):
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
@@ -197,6 +217,23 @@ def test_an_alpha_that_runs_away_in_training_is_said(trainer_of, caplog):
     ends = [line["alpha_mean"] for line in lines_of(trainer)]
     assert ends[-1] == pytest.approx(1e-3)
     assert "alpha has run to its bound of 0.001 at step" in caplog.text
+
+
+def test_without_decay_the_optimizer_is_adam(trainer_of, monkeypatch):
+    """As Objectives Vary trains (appendix B); with decay it is not."""
+    ends = {}
+    for name, decay in (("adamw", 0.0), ("adam", 0.0), ("decayed", 0.1)):
+        trainer = trainer_of(CosineRMU(), weight_decay=decay)
+        if name == "adam":
+            _, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+            wanted = {key: options[key] for key in ("lr", "betas", "eps")}
+            monkeypatch.setattr(
+                trainer, "get_optimizer_cls_and_kwargs", lambda *_, wanted=wanted: (torch.optim.Adam, wanted)
+            )
+        trainer.train()
+        ends[name] = trainer.model.transformer.h[1].mlp.c_proj.weight.detach()
+    torch.testing.assert_close(ends["adamw"], ends["adam"], rtol=1e-6, atol=1e-7)
+    assert (ends["adamw"] - ends["decayed"]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("data", [None, SETS], ids=["pairs", "sets"])

@@ -19,7 +19,10 @@ def step_of(model, reference, rows, method: RMU, plain: bool = False):
 
 @pytest.mark.parametrize(("kind", "plain"), [("pair_rows", True), ("pair_rows", False), ("set_rows", True)])
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize(("form", "c", "alpha"), [("repo", 500.0, 0.95), ("wmdp", 20.0, 100.0), ("wmdp", 6.5, 1200.0)])
+@pytest.mark.parametrize(
+    ("form", "c", "alpha"),
+    [("repo", 500.0, 0.95), ("repo_forget", 500.0, 0.95), ("wmdp", 20.0, 100.0), ("wmdp", 6.5, 1200.0)],
+)
 def test_the_loss_is_that_of_the_equations(moved, request, continuation_states, form, c, alpha, layer, kind, plain):
     model, reference = moved
     rows = request.getfixturevalue(kind)
@@ -34,8 +37,9 @@ def test_the_loss_is_that_of_the_equations(moved, request, continuation_states, 
     drift = ((kept - before) ** 2).sum(-1).mean() / 32
     losses = method.loss(step)
     assert drift > 1e-3
-    torch.testing.assert_close(losses["forget"], (1 - alpha) * away if form == "repo" else away)
-    torch.testing.assert_close(losses["retain"], alpha * drift)
+    of_forget, of_retain = {"repo": (0.05, 0.95), "repo_forget": (0.95, 0.05), "wmdp": (1.0, alpha)}[form]
+    torch.testing.assert_close(losses["forget"], of_forget * away)
+    torch.testing.assert_close(losses["retain"], of_retain * drift)
     assert step.logged["forget_norm"] == pytest.approx(forget.norm(dim=-1).mean().item())
     assert step.logged["retain_norm"] == pytest.approx(kept.norm(dim=-1).mean().item())
 
@@ -76,8 +80,9 @@ def test_the_direction_is_a_unit_vector_drawn_once_for_a_seed():
         ({"c": 0}, "method.c=0.0: rmu wants a number > 0, or null"),
         ({"alpha": 1.5}, "method.alpha=1.5: rmu wants a number from 0 to 1 in the form repo"),
         ({"alpha": -0.1}, "method.alpha=-0.1: rmu wants a number from 0 to 1 in the form repo"),
+        ({"form": "repo_forget", "alpha": 2}, "method.alpha=2.0: rmu wants a number from 0 to 1 in the form repo_forget"),
         ({"form": "wmdp", "alpha": -1.0}, "method.alpha=-1.0: rmu wants a number >= 0"),
-        ({"form": "wmpd"}, "method.form='wmpd': expected one of repo, wmdp"),
+        ({"form": "wmpd"}, "method.form='wmpd': expected one of repo, repo_forget, wmdp"),
         ({"vector": "ones"}, "method.vector='ones': expected one of uniform, gaussian"),
         ({"layer": 1.5}, "method.layer=1.5: expected a whole number or null"),
         ({"train_blocks": "all"}, "method.train_blocks='all': expected "),
@@ -90,7 +95,8 @@ def test_bad_hyper_parameters_are_one_line(settings, message):
 
 
 def test_each_form_has_its_own_numbers():
-    assert (RMU().placed(12).c, RMU().placed(12).alpha) == (500.0, 0.95)
+    for form in ("repo", "repo_forget"):
+        assert (RMU(form=form).placed(12).c, RMU(form=form).placed(12).alpha) == (500.0, 0.95)
     wmdp = RMU(form="wmdp").placed(12)
     assert (wmdp.c, wmdp.alpha) == (20.0, 100.0)
     assert RMU(form="wmdp", c=6.5, alpha=1200).placed(32) == RMU(

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from expunge.anatomy import parameters_in
 from expunge.losses import distance_loss, rerouting_loss
 from expunge.methods.base import check, method
 from expunge.methods.placement import Default, rerouted
-from expunge.methods.steered import AtBlocks
+from expunge.methods.steered import AtBlocks, weights_to_train
 
 if TYPE_CHECKING:
     from expunge.engine import Step
@@ -33,7 +32,8 @@ class CircuitBreakers(AtBlocks):
     gamma: float = 100.0
     """Weight of the rerouting loss beside the retain loss, > 0 (REPO, Table 5; Gemma 2B: 1000)."""
     parameters: str = "all_block"
-    """Which weights of the blocks up to the deepest target are trained: all_block, mlp_out, or a part of their names."""
+    """Which weights of the blocks up to the deepest target are trained: all_block, mlp_out, or a part of their names; or
+    `all` weights of the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,8 +46,8 @@ class CircuitBreakers(AtBlocks):
     def layers(self) -> "tuple[Layer, ...]":
         return (*range(self.model_depth), "pre_norm")
 
-    def trains(self, model: nn.Module) -> list[str]:
-        return parameters_in(model, range(max(self.blocks or [0]) + 1), self.parameters)
+    def trains(self, model: nn.Module) -> list[str] | None:
+        return weights_to_train(model, range(max(self.blocks or [0]) + 1), self.parameters)
 
     def loss(self, step: "Step") -> dict[str, torch.Tensor]:
         mask, kept = step.mask("forget", "continuation"), step.mask("retain", "continuation")

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.anatomy import parameters_in
 from expunge.errors import ExpungeError
 from expunge.losses import cosine_steer_loss, probe_direction_loss
 from expunge.methods.base import Material, method
 from expunge.methods.learned import LearnedAlpha
 from expunge.methods.placement import Default, dispersed
-from expunge.methods.steered import AtBlocks
+from expunge.methods.steered import AtBlocks, weights_to_train
 from expunge.probes import fit_probe, pooled_states_at
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class ProbeDirections(LearnedAlpha, AtBlocks):
     ref_sides: ClassVar[tuple[str, ...] | None] = ("retain",)
 
     parameters: str = "mlp_out"
-    """Which weights of those blocks: mlp_out, all_block, or a part of their names."""
+    """Which weights of those blocks: mlp_out, all_block, or a part of their names; or `all` weights of the model."""
     directions: Literal["unit", "raw"] = "unit"
     """w as a unit vector, or as long as the regression makes it, which changes what alpha means."""
     pool: Literal["last", "mean"] = "last"
@@ -53,8 +52,8 @@ class ProbeDirections(LearnedAlpha, AtBlocks):
     def layers(self) -> "tuple[Layer, ...]":
         return self.targets
 
-    def trains(self, model: nn.Module) -> list[str]:
-        return parameters_in(model, self.blocks or [], self.parameters)
+    def trains(self, model: nn.Module) -> list[str] | None:
+        return weights_to_train(model, self.blocks or [], self.parameters)
 
     def heads(self, width: int) -> dict[str, nn.Module]:
         probes = nn.Module()

@@ -2,11 +2,16 @@
 
     L_F = MM( ||h - c u||^2 / d ) over the forget text,    L_R = MM( ||h - h0||^2 / d ) over the retain text
 
-    form "repo":   (1 - alpha) L_F + alpha L_R,    c 500,   alpha 0.95        REPO paper, Table 5
-    form "wmdp":   L_F + alpha L_R,                c 20,    alpha 100         WMDP's code
+    form "repo":          (1 - alpha) L_F + alpha L_R,    c 500,   alpha 0.95        REPO paper, Table 5
+    form "repo_forget":   alpha L_F + (1 - alpha) L_R,    the same numbers
+    form "wmdp":          L_F + alpha L_R,                c 20,    alpha 100         WMDP's code
 
-h are states at the output of one block, h0 the reference's, u a unit vector drawn once. Only the output matrices of the MLPs
-of that block and of the two below it are trained.
+The REPO paper calls alpha the "interpolation weight between forgetting and retaining representations" (appendix B) and gives
+no equation. Which of the two it weighs is our guess: "repo" takes the retain loss, "repo_forget" is the other reading.
+
+h are states at the output of one block, h0 the reference's, u a unit vector drawn once. As in WMDP's code only the output
+matrices of the MLPs of that block and of the two below it are trained; the REPO paper trains all weights of GPT-2
+(appendix C), which is `parameters="all"`.
 
     RMU(form="wmdp", c=6.5, alpha=1200, layer=7)
 """
@@ -33,22 +38,23 @@ class RMU(Steered):
 
     paper: ClassVar[str] = "The WMDP Benchmark, Li et al. 2024; as in REPO's Table 5"
 
-    form: Literal["repo", "wmdp"] = "repo"
-    """How the losses are joined: (1 - alpha) L_F + alpha L_R, or L_F + alpha L_R."""
+    form: Literal["repo", "repo_forget", "wmdp"] = "repo"
+    """How the losses are joined: (1 - alpha) L_F + alpha L_R; the other way round; or L_F + alpha L_R."""
     c: float | None = None
     """Length of the target, > 0; null: the form's, 500 or 20."""
     alpha: float | None = None
-    """Weight of the retain loss, >= 0, at most 1 in the form repo; null: the form's, 0.95 or 100."""
+    """Weight of the retain loss, in the form repo_forget of the forget loss, >= 0; at most 1 but in the form wmdp; null: the
+    form's, 0.95 or 100."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.c is None or self.c > 0, "rmu", "c", self.c, "a number > 0, or null")
-        most = 1 if self.form == "repo" else float("inf")
-        wanted = "a number from 0 to 1 in the form repo" if self.form == "repo" else "a number >= 0"
+        most = float("inf") if self.form == "wmdp" else 1
+        wanted = "a number >= 0" if self.form == "wmdp" else f"a number from 0 to 1 in the form {self.form}"
         check(self.alpha is None or 0 <= self.alpha <= most, "rmu", "alpha", self.alpha, wanted)
 
     def defaults(self, depth: int) -> Mapping[str, Default]:
-        c, alpha, why = (500.0, 0.95, "REPO, Table 5") if self.form == "repo" else (20.0, 100.0, "WMDP's code")
+        c, alpha, why = (20.0, 100.0, "WMDP's code") if self.form == "wmdp" else (500.0, 0.95, "REPO, Table 5")
         return {**super().defaults(depth), "c": Default(c, "paper", why), "alpha": Default(alpha, "paper", why)}
 
     def heads(self, width: int) -> dict[str, nn.Module]:
@@ -56,9 +62,14 @@ class RMU(Steered):
 
     def loss(self, step: "Step") -> dict[str, torch.Tensor]:
         assert self.alpha is not None, "placed() fills it in"
-        weight = 1 - self.alpha if self.form == "repo" else 1.0
+        weights = {
+            "repo": (1 - self.alpha, self.alpha),
+            "repo_forget": (self.alpha, 1 - self.alpha),
+            "wmdp": (1.0, self.alpha),
+        }
+        of_forget, of_retain = weights[self.form]
         forget, retain = steering_losses(step, self.state)
-        return {"forget": weight * forget, "retain": self.alpha * retain}
+        return {"forget": of_forget * forget, "retain": of_retain * retain}
 
 
 def steering_losses(step: "Step", state: "Layer") -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,9 @@ from expunge.methods.placement import Default, after, states_after, steered, thr
 if TYPE_CHECKING:
     from expunge.models import Layer
 
+ALL = "all"
+"""The value of `parameters` that means every weight of the model, as in full fine-tuning."""
+
 
 @dataclass(kw_only=True)
 class Steered(Method):
@@ -33,18 +36,23 @@ class Steered(Method):
     train_blocks: list[int] | None = None
     """The blocks, up to `layer`, of which weights are trained; null: `layer` and the two below it."""
     parameters: str = "mlp_out"
-    """Which weights of those blocks: mlp_out, all_block, or a part of their names."""
+    """Which weights of those blocks: mlp_out, all_block, or a part of their names; or `all` weights of the model."""
     vector: Literal["uniform", "gaussian"] = "uniform"
     """What u is drawn from before it is normalised: U[0, 1], all of whose parts are positive, or a normal."""
 
     def defaults(self, depth: int) -> Mapping[str, Default]:
         layer = steered(depth)
+        if self.parameters == ALL:
+            return {"layer": layer}
         return {"layer": layer, "train_blocks": three_up_to(layer.value if self.layer is None else self.layer)}
 
     def placed(self, depth: int):
         made = super().placed(depth)
-        assert made.layer is not None and made.train_blocks is not None, "defaults() knows them"
-        check_blocks([made.layer, *made.train_blocks], depth)
+        assert made.layer is not None, "defaults() knows it"
+        check_blocks([made.layer, *(made.train_blocks or [])], depth)
+        if made.train_blocks is None:
+            return made
+        check(self.parameters != ALL, self.name, "train_blocks", made.train_blocks, "null beside method.parameters=all")
         reached = bool(made.train_blocks) and max(made.train_blocks) <= made.layer
         check(reached, self.name, "train_blocks", made.train_blocks, f"blocks up to {made.layer}, where states are steered")
         return made
@@ -62,11 +70,19 @@ class Steered(Method):
     def ref_layers(self) -> "tuple[Layer, ...]":
         return (self.state,)
 
-    def trains(self, model: nn.Module) -> list[str]:
-        return parameters_in(model, self.train_blocks or [], self.parameters)
+    def trains(self, model: nn.Module) -> list[str] | None:
+        return weights_to_train(model, self.train_blocks or [], self.parameters)
 
     def heads(self, width: int) -> dict[str, nn.Module]:
         return {"control": Control(width, self.vector)}
+
+
+def weights_to_train(model: nn.Module, which: Sequence[int], parameters: str) -> list[str] | None:
+    """Names of what `parameters` means in blocks `which`; None for `all`: every weight, embeddings too.
+
+    What a loss on states does not reach has no gradient, and stays as it is: blocks above the deepest state, the last norm.
+    """
+    return None if parameters == ALL else parameters_in(model, which, parameters)
 
 
 class Control(nn.Module):
