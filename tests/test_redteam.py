@@ -482,7 +482,9 @@ def command(home, monkeypatch, *words, budget="small", victim="after"):
 def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
     assert not command(home, monkeypatch, "--pairs", "pairs.jsonl", "--json")
     printed = json.loads(capsys.readouterr().out)
-    assert {line["name"] for line in printed["lines"]} == {"none", "scale, mean", "scale, worst", "all, worst"}
+    assert {line["name"] for line in printed["lines"]} == {
+        *("none", "scale, mean", "scale, by=1.0", "scale, by=2.0", "scale, worst", "all, worst")
+    }
     rows = read_rows(home / "cli" / "results.jsonl")
     assert {"mean", "worst"} <= {row.over for row in rows}
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())

@@ -28,7 +28,7 @@ def test_the_parts_of_lees_pairs_are_disjoint_whole_and_do_not_hang_on_the_order
     rows = [lee(number) for number in range(2000)]
     path, turned = write("pairs.jsonl", *rows), write("turned.jsonl", *rows[::-1])
     parts = [load_pairs(f"pair-toxicity-{part}:{path}") for part in ("train", "validation", "heldout")]
-    assert [pytest.approx(len(part) / 2000, abs=0.02) for part in parts] == [0.89, 0.01, 0.1]
+    assert [len(part) / 2000 for part in parts] == pytest.approx([0.89, 0.01, 0.1], abs=0.02)
     every = load_pairs(f"pair-toxicity:{path}")
     assert sorted(repr(pair) for part in parts for pair in part) == sorted(map(repr, every)) and len(every) == 2000
     assert load_pairs(f"pair-toxicity-heldout:{turned}") == parts[2][::-1]
