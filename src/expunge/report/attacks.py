@@ -258,7 +258,7 @@ def to_records(table: Table) -> list[dict[str, Any]]:
 
 
 def headline_lines(table: Table) -> Table:
-    """Of a table of attacks what is answered, or judged by the first scorer: sampled, or greedy where nothing was sampled."""
+    """Of a table of attacks what is answered, or judged by the first scorer: sampled, or greedy where nothing was."""
     kinds = [line.group.partition(", ")[0] for line in table.lines]
     toxicity = [line.group for line, kind in zip(table.lines, kinds, strict=True) if kind == "toxicity"]
     decoded = "sampled" if any("sampled" in group.split(", ") for group in toxicity) else "greedy"
