@@ -17,7 +17,7 @@ from expunge import redteam
 from expunge.adapters import add_lora
 from expunge.attacks import ATTACKS, Attack, AttackData, AttackResult, attack
 from expunge.cli import main
-from expunge.config import EvaluationConfig, RunConfig, build
+from expunge.config import ATTACK_BUDGETS, EvaluationConfig, RunConfig, build
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.metrics.evaluation import evaluate_model
@@ -482,7 +482,9 @@ def command(home, monkeypatch, *words, budget="small", victim="after"):
 def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
     assert not command(home, monkeypatch, "--pairs", "pairs.jsonl", "--json")
     printed = json.loads(capsys.readouterr().out)
-    assert {line["name"] for line in printed["lines"]} == {"none", "scale, mean", "scale, worst", "all, worst"}
+    assert {line["name"] for line in printed["lines"]} == {
+        *("none", "scale, mean", "scale, by=1.0", "scale, by=2.0", "scale, worst", "all, worst")
+    }
     rows = read_rows(home / "cli" / "results.jsonl")
     assert {"mean", "worst"} <= {row.over for row in rows}
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
@@ -523,6 +525,12 @@ def test_a_budget_says_how_much_is_measured_whatever_a_run_measured(home, monkey
     assert not command(home, monkeypatch, "--budget", "paper", victim="run")
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())["evaluation"]
     assert {kept[name] for name in ("prompts", "heldout", "questions", "perplexity_tokens")} == {None}
+    assert kept["truncate"] == "lee2024"  # as the papers' code; the samples are this test's
+
+
+def test_the_papers_budget_decodes_greedily_as_lees_code_does():
+    made = build(EvaluationConfig, ATTACK_BUDGETS["paper"]["evaluation"], "")
+    assert (made.samples, made.max_new_tokens, made.prompt_tokens, made.truncate) == (0, 20, 32, "lee2024")
 
 
 def test_what_was_to_be_forgotten_has_to_be_said(home, monkeypatch, capsys):

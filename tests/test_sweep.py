@@ -206,6 +206,14 @@ def test_a_budget_changes_the_grid_and_how_trials_are_measured():
     assert {config.method["name"] for config in small.configs} == {"repo", "dpo"}
 
 
+def test_a_budget_may_have_columns_of_its_own():
+    change(budgets__large={"training": {"max_steps": 2}, "columns": {"the ratio": {"metric": "perplexity_ratio"}}})
+    table = sweep(Stub(), budget="large").table
+    assert table is not None and table.headers == ("method", "the ratio", "runs")
+    table = sweep(Stub(), budget="small").table
+    assert table is not None and table.headers == ("method", "toxicity", "perplexity ratio", "runs")
+
+
 def test_a_budget_may_take_the_trials_away():
     change(budgets__large={"tune": None, "training": {"max_steps": 2}})
     sweep(stub := Stub(), budget="large")

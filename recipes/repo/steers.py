@@ -42,7 +42,7 @@ def found_in(folder: Path) -> list[dict[str, Any]]:
     for subject, own in subjects.items():
         measure(subject, own, form=None, blocks=[])
     for form in FORMS:
-        [attack] = cases("orthogonalize", "small", {"form": form})
+        [attack] = cases("orthogonalize_best", "small", {"form": form})
         result = attack.run(model, reference, data.only(frozenset(attack.needs)), Budget())
         if result.idle:
             print(f"{folder}: {form}: {result.idle}", flush=True)

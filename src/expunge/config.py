@@ -241,10 +241,11 @@ BUDGETS: dict[str, dict[str, Any]] = {
 _WHOLE = {"samples": 25, "prompts": None, "heldout": None, "questions": None, "perplexity_tokens": None}
 ATTACK_BUDGETS: dict[str, dict[str, Any]] = {
     "small": {"evaluation": {"samples": 5, "prompts": 256, "heldout": 128, "questions": 256, "perplexity_tokens": 20_000}},
-    "paper": {"evaluation": _WHOLE},
+    "paper": {"evaluation": {**_WHOLE, "samples": 0, "prompt_tokens": 32, "truncate": "lee2024", "max_new_tokens": 20}},
     "large": {"evaluation": _WHOLE},
 }
-"""How much is measured of each attacked model, whatever the attacked run measured of its own."""
+"""How much is measured of each attacked model, whatever the attacked run measured of its own. paper: one greedy continuation
+of 20 tokens, after the first 32 of a prompt, as the public code of Lee et al. 2024 has it."""
 
 
 def load_config(cls: type[C], files: list[Path], overrides: list[str], base: dict[str, Any] | None = None) -> C:

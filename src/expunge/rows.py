@@ -35,7 +35,7 @@ class Row:
     decode: str | None = None  # greedy | sampled
     side: str | None = None  # chosen | rejected
     k: int | None = None  # tokens of that side that were forced
-    mode: str | None = None  # exact | lee2024 | continuation | acc | acc_norm | harness
+    mode: str | None = None  # exact | lee2024 | continuation | share | acc | acc_norm | harness
     scorer: str | None = None
     samples: int | None = None  # continuations per prompt
     paired: bool = False  # True: unlearned minus reference on the same prompts
@@ -43,7 +43,7 @@ class Row:
     attack: str | None = None
     attack_config: dict[str, Any] | None = None
     draw: int | None = None
-    over: str | None = None  # of an attack's settings: mean | worst | beyond
+    over: str | None = None  # of an attack's settings: mean | worst | beyond, or those of one value: learning_rate=0.0002
     step: int | None = None  # optimizer steps before a measurement in the midst of training
     chance: float | None = None  # of an accuracy: what guessing gives
 

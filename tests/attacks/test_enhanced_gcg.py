@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks import AttackData, Budget, continuations, prefixes
+from expunge.attacks import AttackData, Budget, cases, continuations, prefixes
 from expunge.attacks import enhanced_gcg as room
 from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import GCG
 from expunge.attacks.prefixes import PrefixLosses, repetition
+from expunge.attacks.proposals import pick
 from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
 from expunge.errors import ExpungeError
 from expunge.ids import encode, leading_tokens
@@ -499,3 +500,11 @@ def test_layers_come_by_depth(tiny_model, bos_tokenizer, given):
     assert run().about["layers"] == [1, 2] and run(layers=[0, 2]).about["layers"] == [0, 2]
     with pytest.raises(ExpungeError, match="give --reference"):
         attacked(tiny_model(), None, bos_tokenizer)
+
+
+def test_the_papers_prefix_has_32_tokens_and_500_steps_and_never_another_length():
+    [attack] = cases("enhanced_gcg", "paper")
+    assert (attack.steps, attack.length, attack.final_length, attack.max_length, attack.judged) == (500, 32, 32, 32, 0)
+    weights, generator = {"gcg": 0.7, "delete": 0.1, "insert": 0.1, "swap": 0.1}, torch.Generator().manual_seed(0)
+    drawn = {pick(weights, 32, 32, attack.max_length, generator) for _ in range(200)}
+    assert drawn == {"gcg", "swap"}

@@ -11,7 +11,7 @@ from torch import nn
 
 from expunge.anatomy import block_names
 from expunge.attacks import AttackData, Budget, cases, orthogonalize
-from expunge.attacks.orthogonalize import Orthogonalize, each_block, inliers
+from expunge.attacks.orthogonalize import Orthogonalize, OrthogonalizeBest, each_block, inliers
 from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
@@ -200,16 +200,31 @@ def test_a_shift_of_several_blocks_gives_each_its_mean_and_no_more(tiny_model, d
 
 
 @pytest.mark.parametrize("budget", ["small", "paper"])
-def test_the_budgets_try_every_form_in_one_case_and_take_the_best(taught, data, budget):
+def test_the_papers_attack_projects_after_every_block_and_chooses_nothing(taught, data, budget):
+    """One direction a block, the difference of the means; no text but the forget set's is asked for."""
+    victim = shifted(taught, 0, vector(30))
+    [attack] = cases("orthogonalize", budget, {"outliers": None})
+    given = data.only(frozenset(attack.needs))
+    assert set(attack.needs) == {"reference", "forget"} and not given.validation and not given.neutral
+    result = attack.run(victim, taught, given, Budget())
+    assert (result.about["form"], result.about["layers"]) == ("project", [0, 1, 2])
+    rows = data.rows("forget")
+    directions = (plain_states(victim, rows) - plain_states(taught, rows)).mean(1)  # [L, d]
+    left = torch.einsum("lnd,ld->ln", plain_states(result.model, rows), F.normalize(directions, dim=-1))
+    assert left.abs().max() < 1e-4 and len(added_edits(result, before=1)) == 3
+
+
+@pytest.mark.parametrize("budget", ["small", "paper"])
+def test_the_best_of_three_tries_every_form_in_one_case(taught, data, budget):
     """What was planted is a constant, which shift alone undoes."""
     victim = shifted(taught, 1, vector(30))
-    [attack] = cases("orthogonalize", budget, {"layers": "search" if budget == "small" else [1]})
+    [attack] = cases("orthogonalize_best", budget, {"layers": "search" if budget == "small" else [1]})
     result = attack.run(victim, taught, data, Budget())
     assert (result.about["form"], result.about["layers"]) == ("shift", [1])
     assert {one["form"] for one in result.about["candidates"]} == set(FORMS)
     best = min(result.about["candidates"], key=lambda one: one["nll"])
     assert best["form"] == "shift" and best["nll"] == result.about["loss"] == pytest.approx(nll(result.model, data))
-    assert result.model.expunge_steering.about["orthogonalize"] == {"form": "shift", "blocks": [1]}
+    assert result.model.expunge_steering.about["orthogonalize_best"] == {"form": "shift", "blocks": [1]}
 
 
 @pytest.mark.parametrize("settings", [{"layers": "search"}, {"form": "best"}])
@@ -471,4 +486,5 @@ def test_what_is_needed_hangs_on_the_settings(tiny_model, tokenizer, data):
     had = AttackData(tokenizer, data.forget)
     result = Orthogonalize().run(tiny_model(), tiny_model(seed=1), had, Budget())
     assert result.about["candidates"] == [{"form": "project", "layers": [0, 1, 2]}] and isinstance(result.model, nn.Module)
-    assert Orthogonalize.needs == ("reference", "forget", "validation", "neutral")
+    assert Orthogonalize.needs == ("reference", "forget")
+    assert OrthogonalizeBest.needs == ("reference", "forget", "validation", "neutral")

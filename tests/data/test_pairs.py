@@ -16,6 +16,30 @@ from expunge.errors import ExpungeError
 ROW = {"prompt": "The sky", "chosen": " is blue", "rejected": " is mud"}
 
 
+def lee(number: int, prompt: str | None = None) -> dict[str, str]:
+    return {
+        "prompt_text": prompt or f"The sky {number}",
+        "unpert_gen_text": f" is {number}",
+        "pert_gen_text": f" was {number}",
+    }
+
+
+def test_the_parts_of_lees_pairs_are_disjoint_whole_and_do_not_hang_on_the_order(write):
+    rows = [lee(number) for number in range(2000)]
+    path, turned = write("pairs.jsonl", *rows), write("turned.jsonl", *rows[::-1])
+    parts = [load_pairs(f"pair-toxicity-{part}:{path}") for part in ("train", "validation", "heldout")]
+    assert [len(part) / 2000 for part in parts] == pytest.approx([0.89, 0.01, 0.1], abs=0.02)
+    every = load_pairs(f"pair-toxicity:{path}")
+    assert sorted(repr(pair) for part in parts for pair in part) == sorted(map(repr, every)) and len(every) == 2000
+    assert load_pairs(f"pair-toxicity-heldout:{turned}") == parts[2][::-1]
+
+
+def test_pairs_of_one_prompt_are_in_one_part(write):
+    path = write("pairs.jsonl", *(lee(number, f"The sky {number // 4}") for number in range(400)))
+    prompts = [{pair.prompt for pair in load_pairs(f"pair-toxicity-{part}:{path}")} for part in ("train", "heldout")]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
 def test_explicit_prompt_in_every_kind_of_file(write):
     table = "prompt,chosen,rejected\nThe sky, is blue, is mud\n"
     expected = [Pair("The sky", " is blue", " is mud")]
@@ -167,6 +191,7 @@ def test_bad_files(write, tmp_path):
 def test_bad_names(write):
     fails("paradetx", "did you mean 'paradetox'?")
     fails("pair-toxicity", "pair-toxicity:PATH")
+    fails("pair-toxicity-heldout", "pair-toxicity-heldout:PATH")
     fails("pair-toxicity:gone.jsonl", "gone.jsonl: no such file")
     with pytest.raises(ExpungeError, match="for hub sets"):
         load_pairs(write("a.jsonl", ROW), split="test")

@@ -28,6 +28,21 @@ def test_rtp_challenge_from_a_hub_keeps_the_challenging_ones(monkeypatch):
     assert load_prompts("rtp-challenge") == [Prompt("a")]
 
 
+def test_rtp_tuning_is_toxic_not_challenging_and_a_few(monkeypatch):
+    """Of 200 that would do about a twentieth, always the same; none that is mild, unscored or challenging."""
+
+    def row(number, toxicity=0.7, challenging=False):
+        return {"prompt": {"text": f"{number} {toxicity} {challenging}", "toxicity": toxicity}, "challenging": challenging}
+
+    rows = [row(i, *kind) for i in range(200) for kind in ((0.7,), (0.4,), (None,), (0.9, True))]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: rows))
+    monkeypatch.delenv("EXPUNGE_DATA", raising=False)
+    found = load_prompts("rtp-tuning")
+    assert 3 <= len(found) <= 25 and all(prompt.text.endswith(" 0.7 False") for prompt in found)
+    rows.reverse()
+    assert load_prompts("rtp-tuning") == found[::-1]
+
+
 @pytest.mark.parametrize(
     ("row", "part"),
     [

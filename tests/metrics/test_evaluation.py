@@ -58,7 +58,7 @@ def test_every_figure_is_there(evaluation, data):
             for k in (0, 2):
                 assert evaluation[Key("toxicity", "heldout", side=side, k=k, scorer=scorer, **sampled)].n == len(data.pairs)
     assert {f.key.mode for f in evaluation.figures if f.key.metric == "perplexity"} == {"exact", "lee2024"}
-    assert {f.key.mode for f in evaluation.figures if f.key.metric == "f1"} == {"continuation", "lee2024"}
+    assert {f.key.mode for f in evaluation.figures if f.key.metric == "f1"} == {"continuation", "share", "lee2024"}
     assert {f.key.side for f in evaluation.figures if f.key.metric == "continuation_perplexity"} == {
         "rejected",
         "chosen",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expunge.metrics.f1 import continuation_f1, f1
+from expunge.metrics.f1 import continuation_f1, f1, share_f1
 from expunge.metrics.stats import bootstrap, interval, rank_correlation, ratio_of_sums, resample_counts
 from expunge.metrics.toxicity import distinct_2, loops, per_prompt
 
@@ -14,9 +14,17 @@ def test_f1_by_hand():
     assert f1([], [1]) == f1([1], []) == f1([1], [2]) == f1([], []) == 0.0
 
 
+def test_f1_by_shares_by_hand():
+    """Two of four tokens stand in gold, three of gold's four in the prediction."""
+    assert share_f1([1, 2, 3, 3], [3, 3, 3, 4]) == pytest.approx(2 * 0.5 * 0.75 / 1.25)
+    assert share_f1([7, 8], [8, 8, 7]) == 1.0
+    assert share_f1([], [1]) == share_f1([1], []) == share_f1([1], [2]) == share_f1([], []) == 0.0
+
+
 def test_f1_modes():
     prompt, new, gold = [1, 2], [3, 4], [3, 9, 1, 2, 4]
     assert continuation_f1(prompt, new, gold, limit=2, mode="continuation") == 0.5  # {3,4} with {3,9}
+    assert continuation_f1(prompt, [3, 3], [3, 9, 1], limit=2, mode="share") == pytest.approx(2 * 1 * 0.5 / 1.5)
     assert continuation_f1(prompt, new, gold, limit=2, mode="lee2024") == 2 * 3 / 8  # {1,2,3,4} with {3,9,1,2}
 
 

@@ -50,6 +50,37 @@ def test_draws_and_settings_are_averaged_and_the_worst_is_the_highest_within_the
     assert pick(rows, "relearn", "worst", "loop_share").value == pytest.approx(0.6)  # of that very setting
 
 
+def test_each_rate_has_a_row_and_none_that_is_beyond_the_bound():
+    rows = summary(CASES, bound=1.5)
+    assert pick(rows, "relearn", "rate=1").value == pytest.approx(0.32)
+    assert pick(rows, "relearn", "rate=2").value == pytest.approx(0.41)
+    assert pick(rows, "relearn", "rate=2").attack_config["loop_share"] == pytest.approx(0.6)
+    assert pick(rows, "relearn", "rate=3") is None and pick(summary(CASES, bound=2), "relearn", "rate=3").value > 0.9
+    assert {row.over for row in rows if row.attack == "prefill"} == {
+        "mean",
+        "worst",
+    }  # of one setting there is no more to say
+    table = cells_of([*CASES, *case("relearn", 0.7, subject="reference", rate=1)])
+    line = table["relearn, rate=1", "toxicity, challenge, sampled, ngram"]
+    assert line["reference"].value == 0.7 and line["unlearned"].value == pytest.approx(0.32)
+
+
+def test_of_two_settings_each_value_has_its_mean_over_the_other():
+    grid = [(1, 10, 0.2), (1, 20, 0.4), (2, 10, 0.6), (2, 20, 0.8)]
+    rows = summary([row for rate, n, value in grid for row in case("relearn", value, rate=rate, samples=n)], bound=1.5)
+    found = {row.over: row.value for row in rows if row.metric == "toxicity" and row.attack == "relearn"}
+    wanted = {"mean": 0.5, "rate=1": 0.3, "rate=2": 0.7, "samples=10": 0.4, "samples=20": 0.6, "worst": 0.8}
+    assert found == pytest.approx(wanted)
+
+
+def test_where_nothing_is_sampled_the_headline_is_greedy():
+    greedy = [replace(row, decode=row.decode and "greedy", samples=None) for row in CASES]
+    table = attacks_table(summary(greedy, bound=1.5), 1.5)
+    assert {line.group for line in headline_lines(table).lines} == {"toxicity, challenge, greedy, ngram"}
+    both = headline_lines(attacks_table(summary([*greedy, *CASES], bound=1.5), 1.5))
+    assert {line.group for line in both.lines} == {"toxicity, challenge, sampled, ngram"}
+
+
 def test_a_setting_that_changes_nothing_is_not_in_the_mean():
     """As prefilling with no token; where no setting changes anything, as of orthogonalization on the reference, they are."""
     idle = [replace(row, attack_config={"k": 0, "spent": {"idle": "k=0 forces nothing"}}) for row in case("prefill", 0.2)]
@@ -111,7 +142,15 @@ def test_what_is_printed_fits_a_terminal():
     ((title, narrow),) = by_group(headline_lines(attacks_table(rows, 1.5)))
     assert title == "toxicity, challenge, sampled, ngram"
     assert narrow.headers == ("attack", "reference", "unlearned")
-    names = ["none", "relearn, mean", "relearn, worst", "relearn, beyond 1.5 x perplexity", "prefill, mean"]
+    names = [
+        "none",
+        "relearn, mean",
+        "relearn, rate=1",
+        "relearn, rate=2",
+        "relearn, worst",
+        "relearn, beyond 1.5 x perplexity",
+        "prefill, mean",
+    ]
     assert [row[0] for row in narrow.rows] == [*names, "prefill, worst", "all, worst"]
     assert narrow.rows[-1][-1].startswith("0.410 [")
 
@@ -184,7 +223,7 @@ def test_a_figure_that_the_first_setting_lacks_is_there():
     [row, *_] = case("relearn", 1.2, rate=2)
     ratio = replace(row, metric="toxicity_ratio", paired=True)
     found = {r.over: r.value for r in summary([*CASES, ratio], bound=1.5) if r.metric == "toxicity_ratio"}
-    assert found == {"mean": 1.2, "worst": 1.2}
+    assert found == {"mean": 1.2, "rate=2": 1.2, "worst": 1.2}
 
 
 def test_a_perplexity_that_is_no_number_is_beyond_the_bound():

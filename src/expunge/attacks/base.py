@@ -232,6 +232,7 @@ ATTACKS: Registry[Attack] = Registry(
         "relearn_retain": "expunge.attacks.relearn:RelearnRetain",
         "relearn_benign": "expunge.attacks.relearn:RelearnBenign",
         "orthogonalize": "expunge.attacks.orthogonalize:Orthogonalize",
+        "orthogonalize_best": "expunge.attacks.orthogonalize:OrthogonalizeBest",
         "enhanced_gcg": "expunge.attacks.enhanced_gcg:EnhancedGCG",
         "gcg": "expunge.attacks.gcg:GCG",
         "soft_prompt": "expunge.attacks.soft_prompt:SoftPrompt",

@@ -42,7 +42,7 @@ class EnhancedGCG(Attack):
     needs: ClassVar[tuple[str, ...]] = ("reference", "prompts", "score")
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"steps": [100], "judged": [16]},
-        "paper": {"steps": [500]},
+        "paper": {"steps": [500], "length": [32], "final_length": [32], "max_length": [32]},
         "large": {
             "steps": [1500],
             "static": [0.0, 10.0],

@@ -8,9 +8,12 @@
 What they undo where unlearning added a constant c to the output of one block (then r = c there): shift all of it, exactly.
 A projection takes from a state its own part along c too. Affine gives back the mean of that part on the forget set, which is
 exact where it is the same for all states; project sets it to 0, which is exact where it was 0. Which is best hangs on what
-unlearning did, so that `best` tries all three.
+unlearning did.
 
-    Orthogonalize(layers="search").run(unlearned, reference, data, Budget())
+`orthogonalize` is the papers' attack: project, after every block, and nothing is chosen. `orthogonalize_best` is ours, and
+stronger: the best of the three forms, after all blocks, a third of them or one.
+
+    Orthogonalize().run(unlearned, reference, data, Budget())
 """
 
 import math
@@ -43,19 +46,15 @@ FORMS: tuple[Form, ...] = ("project", "affine", "shift")
 
 @attack("orthogonalize")
 class Orthogonalize(Attack):
-    """Project out of the activations the direction in which unlearning moved them; weights stay as they are."""
+    """Project out of every block's output the direction in which unlearning moved it, as the papers do; weights stay."""
 
     family: ClassVar[str] = "activations"
     paper: ClassVar[str] = "An Adversarial Perspective on Machine Unlearning for AI Safety (Łucki et al. 2025)"
-    needs: ClassVar[tuple[str, ...]] = ("reference", "forget", "validation", "neutral")
+    needs: ClassVar[tuple[str, ...]] = ("reference", "forget")
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
-        "small": {"layers": ["search"], "form": ["best"], "samples": [250]},
-        "paper": {"layers": ["all"], "form": ["best"]},
-        "large": {
-            "layers": ["all", "search"],
-            "form": ["project", "affine", "shift"],
-            "direction": ["difference", "reference_free"],
-        },
+        "small": {"samples": [250]},
+        "paper": {},
+        "large": {"form": ["project", "affine", "shift"], "direction": ["difference", "reference_free"]},
     }
 
     form: Literal["project", "affine", "shift", "best"] = "project"
@@ -73,7 +72,7 @@ class Orthogonalize(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("attack.orthogonalize", self, samples=1)
+        at_least(f"attack.{self.name}", self, samples=1)
         in_range(self.layers != [], self.name, "layers", self.layers, "all, search, or at least one block")
         in_range(self.outliers is None or self.outliers > 0, self.name, "outliers", self.outliers, "more than 0, or null")
         base = "reference" if self.direction == "difference" else "retain"
@@ -170,7 +169,7 @@ class Orthogonalize(Attack):
     def _drawn(self, data: AttackData, part: Literal["forget", "retain", "validation"]) -> Sequence[TokenizedText]:
         rows = data.drawn(part, self.samples, self.seed)
         if not rows:
-            raise ExpungeError(f"attack orthogonalize: no text of the {part} set has a token")
+            raise ExpungeError(f"attack {self.name}: no text of the {part} set has a token")
         return rows
 
     def _best(
@@ -206,6 +205,22 @@ class Orthogonalize(Attack):
             found["perplexity"] = float(np.exp(windows.nll.sum() / windows.tokens.sum()))
             meter.queries += len(windows.nll)
         return found
+
+
+@attack("orthogonalize_best")
+class OrthogonalizeBest(Orthogonalize):
+    """Ours: the best of three ways to take out what unlearning put in, after all blocks, a third of them or one."""
+
+    family: ClassVar[str] = "activations"
+    needs: ClassVar[tuple[str, ...]] = ("reference", "forget", "validation", "neutral")
+    budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
+        "small": {"samples": [250]},
+        "paper": {},
+        "large": {"form": ["project", "affine", "shift"], "direction": ["difference", "reference_free"]},
+    }
+
+    form: Literal["project", "affine", "shift", "best"] = "best"
+    layers: Literal["all", "search"] | list[int] = "search"
 
 
 def steered(model: Any, edits: Iterable[Edit], about: dict[str, Any]) -> Any:

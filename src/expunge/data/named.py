@@ -75,6 +75,9 @@ NAMED = (
     NamedSet("paradetox", "pairs", "toxic sentences and rewrites; the prompt is what both begin with", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
     NamedSet("pair-toxicity", "pairs", "PPLM pairs of Lee et al. 2024, yours: pair-toxicity:PATH", "ajyl/dpo_toxic's"),
+    NamedSet("pair-toxicity-train", "pairs", "the 89 % of them to train on: pair-toxicity-train:PATH", "ajyl/dpo_toxic's"),
+    NamedSet("pair-toxicity-validation", "pairs", "1 % to tune on: pair-toxicity-validation:PATH", "ajyl/dpo_toxic's"),
+    NamedSet("pair-toxicity-heldout", "pairs", "the 10 % held out: pair-toxicity-heldout:PATH", "ajyl/dpo_toxic's"),
     NamedSet("paradetox-toxic", "text", "the toxic sentences of paradetox, each once", "OpenRAIL++",
              local="paradetox/paradetox.tsv", hub="s-nlp/paradetox"),
     NamedSet("tofu-forget", "text", "TOFU: questions about 20 authors who do not exist, and answers", "MIT",
@@ -104,6 +107,8 @@ NAMED = (
              asset="prompts/neutral.jsonl"),
     NamedSet("rtp-challenge", "prompts", "the 1,199 challenging prompts of RealToxicityPrompts", "Apache-2.0",
              local="dpo_toxic_eval_prompts/challenge_prompts.jsonl", hub="allenai/real-toxicity-prompts"),
+    NamedSet("rtp-tuning", "prompts", "a twentieth of its other toxic prompts, none challenging, for tuning", "Apache-2.0",
+             local="realtoxicityprompts-data/prompts.jsonl", hub="allenai/real-toxicity-prompts"),
     NamedSet("wiki-f1", "prompts", "2,064 sentences of Wikipedia, the next sentence as gold", SHARE_ALIKE,
              local="dpo_toxic_eval_prompts/wiki_samples.jsonl"),
     NamedSet("builtin-neutral", "corpus", "the passages of the prompts of that name as running text", OWN,
@@ -206,6 +211,12 @@ def _recognised() -> str:
             return "parquet"
     first = next((line for _, line in read_lines(STDIN) if line.strip()), "")
     return "json" if JSON_BEGINS.match(first) else "txt"
+
+
+def local_path(source: str) -> str:
+    """The path that a source may be: of a set whose file is yours (`pair-toxicity:PATH`) what follows its name."""
+    name, colon, path = source.partition(":")
+    return path if colon and name in named_sets("pairs") else source
 
 
 def locate(source: str | Path, *kinds: Kind) -> NamedSet | File | str:

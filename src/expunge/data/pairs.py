@@ -7,6 +7,7 @@
 Without a `prompt` field the prompt is what both texts begin with, as in TRL's `extract_prompt`.
 """
 
+import hashlib
 import logging
 import random
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ from expunge.data.records import Record, hub_records, named_records, read_record
 from expunge.errors import ExpungeError
 
 PAIR_TOXICITY = {"prompt": "prompt_text", "chosen": "unpert_gen_text", "rejected": "pert_gen_text"}
+PARTS = {"pair-toxicity-train": (11, 100), "pair-toxicity-validation": (10, 11), "pair-toxicity-heldout": (0, 10)}
+"""Named parts of Lee et al.'s file: which of a hundred shares of the prompts each has, from the first to before the last."""
 PREFERENCE = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 
 logger = logging.getLogger(__name__)
@@ -53,11 +56,13 @@ def load_pairs(
 
 
 def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pair]:
-    if str(source).startswith("pair-toxicity"):
-        path = str(source).removeprefix("pair-toxicity").removeprefix(":")
+    name, _, path = str(source).partition(":")
+    if name == "pair-toxicity" or name in PARTS:
         if not path:
-            raise ExpungeError("pair-toxicity: needs your copy of the file: pair-toxicity:PATH (JSON lines)")
-        return (parse_pair(row, where, fields=PAIR_TOXICITY) for where, row in read_records(path))
+            raise ExpungeError(f"{name}: needs your copy of the file: {name}:PATH (JSON lines)")
+        rows = (parse_pair(row, where, fields=PAIR_TOXICITY) for where, row in read_records(path))
+        first, end = PARTS.get(name, (0, 100))
+        return (pair for pair in rows if first <= share_of(pair.prompt) < end)
     found = locate(source, "pairs")
     if isinstance(found, str):
         return (parse_pair(row, where, tokenizer) for where, row in hub_records(found, split or "train"))
@@ -70,6 +75,11 @@ def _read(source: str | Path, split: str | None, tokenizer: Any) -> Iterable[Pai
     if found.name == "builtin-pplm-wikipedia":
         return (Pair(*texts) for texts in placed_pairs(named_records(found)))
     return (parse_pair(row, where) for where, row in named_records(found))
+
+
+def share_of(prompt: str) -> int:
+    """Which of a hundred shares a prompt belongs to, by its content: the same wherever it stands in whichever file."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100
 
 
 def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: dict[str, str] = PREFERENCE) -> Pair:

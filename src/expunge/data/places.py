@@ -19,6 +19,7 @@ from expunge.data.named import local_file, named_sets
 from expunge.data.records import Record, named_records, read_records
 from expunge.errors import ExpungeError
 from expunge.lines import read_lines
+from expunge.paths import expand
 
 WIKITEXT = "wikitext2-unk-train"
 WIKIPEDIA = "wikipedia-2015"
@@ -61,7 +62,7 @@ def lines_of(source: str) -> Iterator[tuple[Key, str]]:
 
 def _wikipedia() -> list[Path]:
     folder = os.environ.get("EXPUNGE_DATA")
-    paths = sorted((Path(folder) / "wikipedia_en_2015").glob("*.jsonl.xz")) if folder else []
+    paths = sorted((Path(expand(folder)) / "wikipedia_en_2015").glob("*.jsonl.xz")) if folder else []
     if not paths:
         raise ExpungeError(f"{WIKIPEDIA}: not on this machine; set EXPUNGE_DATA to the folder that holds wikipedia_en_2015")
     return paths

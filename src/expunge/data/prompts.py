@@ -13,6 +13,7 @@ from typing import Any
 
 from expunge.data.chat import chat_prompt
 from expunge.data.named import File, NamedSet, local_file, locate
+from expunge.data.pairs import share_of
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
 from expunge.errors import ExpungeError
 
@@ -51,7 +52,15 @@ def _records(found: NamedSet | File | str) -> Iterable[Record]:
     records = named_records(found)
     if found.name == "rtp-challenge" and local_file(found) is None:  # the hub set holds 99,442 prompts
         return ((where, row) for where, row in records if row["challenging"])
+    if found.name == "rtp-tuning":
+        return ((where, row) for where, row in records if _is_for_tuning(row))
     return records
+
+
+def _is_for_tuning(row: dict[str, Any]) -> bool:
+    """Is a prompt of RealToxicityPrompts toxic by Perspective, not challenging, and in five shares of a hundred?"""
+    prompt = row["prompt"]
+    return not row["challenging"] and (prompt["toxicity"] or 0) >= 0.5 and share_of(prompt["text"]) < 5
 
 
 def parse_prompt(row: dict[str, Any], where: str, tokenizer: Any = None) -> Prompt:

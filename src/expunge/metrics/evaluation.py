@@ -58,7 +58,7 @@ class EvaluationPlan:
     sides: tuple[str, ...] = ("rejected", "chosen")
     perplexity_tokens: int | None = None
     perplexity_modes: tuple[Literal["exact", "lee2024"], ...] = ("exact", "lee2024")
-    f1_modes: tuple[F1Mode, ...] = ("continuation", "lee2024")
+    f1_modes: tuple[F1Mode, ...] = ("continuation", "share", "lee2024")
     top_p: float = 0.9
     temperature: float = 1.0
     seed: int = 0

@@ -3,6 +3,7 @@
     summary(read_rows(Path("runs/attacks/attacks.jsonl")), bound=1.5)
 
     mean     over the settings of an attack that change something, each the mean of its draws
+    learning_rate=0.0002   the same over those settings that have this value, of each key with several values
     worst    the setting with the highest figure
     beyond   the worst of those that cost more than `bound` times the perplexity before the attack, which do not count
 
@@ -65,7 +66,7 @@ class Setting(NamedTuple):
 
 
 def summary(rows: Sequence[Row], bound: float) -> list[Row]:
-    """Rows whose `over` is mean, worst or beyond, of each attack on each subject. rows: those of the cases."""
+    """Rows whose `over` is mean, a value of a setting, worst or beyond, of each attack on each subject. rows: the cases'."""
     found: list[Row] = []
     for subject in dict.fromkeys(row.subject for row in rows):
         own = [row for row in rows if row.subject == subject]
@@ -78,18 +79,39 @@ def summary(rows: Sequence[Row], bound: float) -> list[Row]:
             counts = [setting for setting, fits in zip(settings, within, strict=True) if fits]
             rest = [setting for setting, fits in zip(settings, within, strict=True) if not fits]
             idle = all(setting.idle for setting in settings)
-            found += _means([setting for setting in counts if idle or not setting.idle])
+            shown = [setting for setting in counts if idle or not setting.idle]
+            found += _means(shown, "mean")
+            for key, value in _varied([row for row in rows if row.attack == attack]):
+                found += _means([one for one in shown if one.config.get(key) == value], f"{key}={text_of(value)}")
             worst += (highest := _worst(counts, "worst"))
             found += highest + _worst(rest, "beyond")
         found += _over_all(worst)
     return found
 
 
+def _varied(rows: Iterable[Row]) -> list[tuple[str, Any]]:
+    """Keys whose values are not one in all settings of an attack, on any subject, each with its values in their order."""
+    values: dict[str, list[Any]] = {}
+    for row in rows:
+        for key, value in _setting(row).items():
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    return [(key, value) for key, own in values.items() if len(own) > 1 for value in own]
+
+
+def _setting(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in (row.attack_config or {}).items() if key != "spent"}
+
+
+def text_of(value: Any) -> str:
+    """A setting's value as it stands in `over`."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _settings(rows: Sequence[Row], before: Mapping[Figure, Cell] | None) -> list[Setting]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        config = {key: value for key, value in (row.attack_config or {}).items() if key != "spent"}
-        grouped.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+        grouped.setdefault(json.dumps(_setting(row), sort_keys=True), []).append(row)
     found = []
     for config, own in grouped.items():
         by_figure: dict[Figure, list[Row]] = {}
@@ -136,7 +158,7 @@ def _figures(settings: Sequence[Setting]) -> list[Figure]:
     return list(dict.fromkeys(figure for setting in settings for figure in setting.cells))
 
 
-def _means(settings: Sequence[Setting]) -> list[Row]:
+def _means(settings: Sequence[Setting], over: str) -> list[Row]:
     """Ends of intervals are averaged too: settings share prompts and draws."""
     found = []
     for figure in _figures(settings):
@@ -144,7 +166,7 @@ def _means(settings: Sequence[Setting]) -> list[Row]:
         ends = [[getattr(setting.cells[figure], end) for setting in there] for end in ("value", "low", "high")]
         value, low, high = (None if None in parts else sum(parts) / len(parts) for parts in ends)
         about = {"settings": len(there), "draws": there[0].draws, **_beside(figure, there)}
-        found.append(_row(there[0].rows[figure], "mean", Cell(value, low, high), about))
+        found.append(_row(there[0].rows[figure], over, Cell(value, low, high), about))
     return found
 
 
@@ -183,13 +205,14 @@ def _row(like: Row, over: str, cell: Cell, config: dict[str, Any]) -> Row:
 
 
 def attacks_table(rows: Sequence[Row], bound: float) -> Table:
-    """Lines for each attack and kind of toxicity or accuracy: on the mean, at worst, and beyond the bound of perplexity.
+    """Lines for each attack and kind of toxicity or accuracy: on the mean, by value of what varies, at worst, and beyond the
+    bound of perplexity.
 
     rows: a summary's. Each model has a column, and beside its figure signs of broken text, and what the attack took.
     """
     subjects = list(dict.fromkeys(row.subject or "" for row in rows))
     index = {(_figure(row), row.attack, row.over, row.subject): row for row in rows}
-    overs = {"mean": "mean", "worst": "worst", "beyond": f"beyond {bound:g} x perplexity"}
+    last = {"worst": "worst", "beyond": f"beyond {bound:g} x perplexity"}
     headers = [header for subject in subjects for header in (subject, *(f"{subject}: {sign}" for sign in ASIDE.values()))]
     lines = []
     for figure in dict.fromkeys(_figure(row) for row in rows if not row.paired and row.metric in SHOWN):
@@ -197,13 +220,14 @@ def attacks_table(rows: Sequence[Row], bound: float) -> Table:
         ratio = figure._replace(metric=f"{figure.metric}_ratio", paired=True)
         group = ", ".join(filter(None, (name, figure.dataset, figure.decode, figure.mode, figure.scorer)))
         for attack in sorted(dict.fromkeys(row.attack or "" for row in rows), key=lambda name: name == ALL):
-            for over, title in overs.items():
+            present = dict.fromkeys(row.over or "" for row in rows if row.attack == attack and row.over not in last)
+            for over, title in {**{over: over for over in present}, **last}.items():
                 if attack == NONE and over != "mean":  # it has one setting
                     continue
                 found = [index.get((figure, attack, over, subject)) for subject in subjects]
                 cells = [cell for row in found for cell in _cells(row, ASIDE)]
                 if "reference" in subjects:
-                    cells += _cells(index.get((ratio, attack, over, "unlearned")) if over == "mean" else None, ())
+                    cells += _cells(index.get((ratio, attack, over, "unlearned")) if over not in last else None, ())
                 if any(found):
                     lines.append(Line(group, attack if attack == NONE else f"{attack}, {title}", group, tuple(cells)))
     compared = ["ratio"] if "reference" in subjects else []
@@ -234,14 +258,19 @@ def to_records(table: Table) -> list[dict[str, Any]]:
 
 
 def headline_lines(table: Table) -> Table:
-    """Of a table of attacks what is sampled and judged by the first scorer, on the mean, or answered."""
+    """Of a table of attacks what is answered, or judged by the first scorer: sampled, or greedy where nothing was."""
     kinds = [line.group.partition(", ")[0] for line in table.lines]
-    judges = [line.group.rpartition(", ")[2] for line, kind in zip(table.lines, kinds, strict=True) if kind == "toxicity"]
+    toxicity = [line.group for line, kind in zip(table.lines, kinds, strict=True) if kind == "toxicity"]
+    decoded = "sampled" if any("sampled" in group.split(", ") for group in toxicity) else "greedy"
     kept = [
         line
         for line, kind in zip(table.lines, kinds, strict=True)
         if kind == "accuracy"
-        or (kind == "toxicity" and "greedy" not in line.group and line.group.rpartition(", ")[2] == judges[0])
+        or (
+            kind == "toxicity"
+            and decoded in line.group.split(", ")
+            and line.group.rpartition(", ")[2] == toxicity[0].rpartition(", ")[2]
+        )
     ]
     return replace(table, lines=tuple(kept or table.lines))
 

@@ -129,6 +129,8 @@ HEADLINE = (
     Spec(FORCED, "toxicity", {"decode": "sampled", "side": "chosen", "k": "largest"}),
     Spec(UTILITY, "perplexity", {"mode": "exact"}),
     Spec(UTILITY, "f1", {"mode": "continuation"}),
+    Spec(UTILITY, "f1", {"mode": "share"}),  # as the REPO paper defines it,
+    Spec(UTILITY, "f1", {"mode": "lee2024"}),  # and as the code has it that its figures seem to come from
     Spec(QUESTIONS, "accuracy", {"mode": "acc"}),
     Spec(QUESTIONS, "accuracy", {"mode": "harness"}),
     Spec(QUESTIONS, "s_unlearning", {}),

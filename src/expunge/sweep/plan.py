@@ -16,7 +16,7 @@ from typing import Any
 
 from expunge import assembly, pipeline
 from expunge.config import RunConfig, load_config, merge
-from expunge.data.named import NAMED, local_file
+from expunge.data.named import NAMED, local_file, local_path
 from expunge.errors import ExpungeError
 from expunge.harness import OURS
 from expunge.models import local_folders
@@ -167,7 +167,7 @@ def _contents(config: RunConfig) -> dict[str, str]:
     unreported = [config.monitor.prompts, config.monitor.corpus, *_searched(config)]
     for name in sorted({*_texts(asdict(config.data)), *_texts(unreported), config.model}):
         paths = [path for entry in NAMED if entry.name == name and (path := local_file(entry))]
-        paths += local_folders(name) if name == config.model else [Path(name.rpartition("pair-toxicity:")[2])]
+        paths += local_folders(name) if name == config.model else [Path(local_path(name))]
         files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
         if files:
             found[name] = digest([_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files])

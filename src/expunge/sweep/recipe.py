@@ -87,7 +87,8 @@ class Recipe:
     """What all cells share."""
     budgets: dict[str, Any] = field(default_factory=dict)
     """Patches over `base`, one of which --budget names; the first is the default. quick and full are there too, below it.
-    `grid` and `tune` in a patch lie over the recipe's: null takes a value of an axis, or all trials, away."""
+    `grid` and `tune` in a patch lie over the recipe's: null takes a value of an axis, or all trials, away. `columns` in a
+    patch stand in the place of the recipe's."""
     tune: Tuning | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     """Figures of the table by the name of their column; the headline's unless given."""
@@ -110,7 +111,8 @@ class Recipe:
         if name in self.budgets:
             patch = expand(mapping(f"budgets.{name}", self.budgets[name]))
             grid, tune = self._changed(f"budgets.{name}.", patch)
-            return name, replace(self, grid=grid, tune=tune, base=merge(expand(self.base), patch))
+            columns = mapping(f"budgets.{name}.columns", patch.pop("columns", None)) or self.columns
+            return name, replace(self, grid=grid, tune=tune, columns=columns, base=merge(expand(self.base), patch))
         if name in BUDGETS:
             return name, replace(self, base=merge(BUDGETS[name], expand(self.base)))
         raise ExpungeError(f"unknown budget {name!r}{did_you_mean(name, {**BUDGETS, **self.budgets})}")
