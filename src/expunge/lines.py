@@ -1,4 +1,4 @@
-"""Text that a user gives, from a file or standard input: opened, decompressed, decoded and cut into lines in this one place.
+r"""Text that a user gives, from a file or standard input: opened, decompressed, decoded and cut into lines, here alone.
 
     for place, line in read_lines("notes.txt.gz"): ...            # ("notes.txt.gz:1", "The river\n")
 
@@ -50,7 +50,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     encoding, or it holds a NUL.
     """
     name, number, mac = called(path), 0, None
-    with _clearly(name), unpacked(path) as file:
+    with unpacked(path) as file:
         try:
             for part in _as_utf8(file):
                 if mac is None:
@@ -70,8 +70,8 @@ def read_text(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def unpacked(path: str | Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file or of standard input, decompressed."""
-    with contextlib.ExitStack() as stack:
+    """The bytes of a file or of standard input, decompressed. Raises ExpungeError where they cannot be read."""
+    with _clearly(called(path)), contextlib.ExitStack() as stack:
         standard = str(path) == STDIN
         raw: Any = io.BytesIO(_standard_input()) if standard else stack.enter_context(Path(path).open("rb", buffering=0))
         file: io.BufferedReader = stack.enter_context(io.BufferedReader(raw, BUFFER))

@@ -121,6 +121,11 @@ def test_parquet_packed_and_from_standard_input(tmp_path, monkeypatch):
     assert next(read_records("-"))[0] == "standard input: row 1"
 
 
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet", "a.jsonl.gz"):
+        assert message_of(tmp_path / name) == f"{tmp_path / name}: no such file"
+
+
 def test_a_carriage_return_in_a_file_of_other_line_ends_is_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rand more\nthree\r")
     assert [row["text"] for _, row in read_records(tmp_path / "a.txt")] == ["one", "two\rand more", "three"]
@@ -204,6 +209,11 @@ MISTAKES = {
     "half an xz file": ("a.jsonl.xz", lzma.compress(random_lines())[:-400], ": compressed data that is damaged or cut off"),
     "half a zstd file": ("a.jsonl.zst", zstd(random_lines())[:-400], ": compressed data that is damaged or cut off"),
     "a spoilt gzip file": ("a.jsonl.gz", spoilt(gzip.compress(random_lines())), ": compressed data that is damaged"),
+    "half a packed Parquet file": (
+        "a.parquet.gz",
+        gzip.compress(random_lines())[:-400],
+        ": compressed data that is damaged",
+    ),
     "weights": ("a.gguf", b"GGUF", ": weights of a model, no text; a model is given as --model"),
     "an archive": ("a.jsonl.zip", b"PK", ": .zip is not read; unpack it, or pack it as .gz, .bz2, .xz, .zst"),
     "an archive in gzip": ("a.tar.gz", gzip.compress(b"x"), ": .tar is not read; unpack it"),

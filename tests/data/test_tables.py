@@ -40,11 +40,13 @@ def test_quotation_marks_are_text(write, caplog):
 
 
 @pytest.mark.parametrize("field", ['"All of it in quotes"', '"', '""', '"a" and "b"', "it's 5\" long"])
-def test_fields_in_quotes_keep_them(write, field):
-    assert rows_of(write("a.tsv", as_table([(field, "a", "b"), (field, "c", "d")]))) == [
-        (field, "a", "b"),
-        (field, "c", "d"),
-    ]
+def test_fields_in_quotes_keep_them(write, field, caplog):
+    """Where a whole column is in quotes, that is said."""
+    for other, said in ((field, field in ('"All of it in quotes"', '""')), ("plain", False)):
+        rows = [(field, "a", "b"), (other, "c", "d")]
+        assert rows_of(write(f"{said}.tsv", as_table(rows))) == rows
+        assert ("every field of a column stands in quotation marks" in caplog.text) == said
+        caplog.clear()
 
 
 @pytest.mark.parametrize("fields", [('of "two"', "a", "b"), ("of\ttabs", "a", "b"), ("of\nlines", '"', "b")])
@@ -60,7 +62,7 @@ def test_rows_of_several_lines_are_said(write, caplog):
         path = write("a.tsv", as_table(rows, csv.QUOTE_MINIMAL))
         assert rows_of(path) == rows_of(path) == rows
     [record] = caplog.records
-    assert "quoted fields with tabs or line ends in them, read by the rules of CSV: 3 rows" in record.getMessage()
+    assert "quoted fields with tabs or line ends in them, read by the rules of CSV: 2 rows" in record.getMessage()
 
 
 def test_quotes_of_both_kinds_are_kept_and_said(write, caplog):

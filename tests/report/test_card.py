@@ -121,6 +121,7 @@ def test_paths_are_not_published_and_stay_apart(card_of, run_rows):
         ("data/b.csv", "b.csv"),
         ("hf:org/judge@toxic", "hf:org/judge@toxic"),
         ("hf:/a/judge@toxic", "hf:judge@toxic"),
+        ("csv:/a/export.dat", "csv:export.dat"),
         (r"C:\sets\b.jsonl", "b.jsonl"),
         ("x" * 5000, "x" * 5000),
     ],

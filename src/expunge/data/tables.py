@@ -8,13 +8,14 @@ In a TSV a quotation mark is text, and a row is a line. It is read as quoted, by
    or some field has its quotation marks doubled and no field has one that is not in such form;
 2. some line has not as many, and by CSV's rules every row has.
 
-The second is said in a warning, as are fields that look quoted in a table that is not.
+The second is said in a warning, as are fields that look quoted in a table that is read as it is.
 """
 
 import csv
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -73,23 +74,29 @@ def _unquoted(path: str | Path) -> Rows:
 def _is_quoted(path: str | Path, header: Sequence[str] | None) -> bool:
     """By the rule of this module; says so where quotation marks are not plainly one thing or the other."""
     width, even, alike, doubled, named = len(header or ()), True, True, 0, False
+    rows, quoted = 0, Counter[int]()  # by column
     for _, fields in _unquoted(path):
         if not width:
             width, named = len(fields), all(QUOTED.fullmatch(name) for name in fields)
+            continue
+        rows += 1
         even &= len(fields) == width
-        for field in fields:
+        for column, field in enumerate(fields):
             if '"' in field:
                 well = QUOTED.fullmatch(field) is not None
+                quoted[column] += well
                 alike &= well
                 doubled += well and '""' in field[1:-1]
     if even and not (named or (alike and doubled)):
         if doubled:
             _say(f"{called(path)}: {doubled} fields look quoted, others do not: quotation marks are kept as text")
+        elif rows > 1 and rows in quoted.values():
+            _say(f"{called(path)}: every field of a column stands in quotation marks, which are kept as text")
         return False
-    rows = _all_as_wide(path, width)
-    if rows and not even:
-        _say(f"{called(path)}: quoted fields with tabs or line ends in them, read by the rules of CSV: {rows} rows")
-    return rows > 0
+    found = _all_as_wide(path, width) - (header is None)
+    if found > 0 and not even:
+        _say(f"{called(path)}: quoted fields with tabs or line ends in them, read by the rules of CSV: {found} rows")
+    return found > 0
 
 
 def _all_as_wide(path: str | Path, width: int) -> int:

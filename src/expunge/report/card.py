@@ -27,6 +27,7 @@ from expunge.whole import write_text
 log = logging.getLogger("expunge")
 
 MARK = "Written by expunge, and again with each report; without this line it is left alone."
+PREFIX = re.compile(r"((?:(?:hf|jsonl|json|csv|tsv|parquet|txt|tokens|raw):)?)(.*)", re.DOTALL)
 ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 KEPT = ("environment.expunge", "environment.source", "environment.packages.", "scorers.", "seeds.")
 SETTINGS = (
@@ -90,7 +91,7 @@ def render_card(run: RunFiles, library: str) -> str:
 
 def public(name: str) -> str:
     """`name` without the folders of this machine; a hub's `owner/name` stays."""
-    prefix, body = ("hf:", name[3:]) if name.startswith("hf:") else ("", name)
+    prefix, body = PREFIX.fullmatch(name).groups()  # type: ignore[union-attr]
     return prefix + (re.split(r"[/\\]", body.rstrip("/\\"))[-1] if _is_path(body) else body)
 
 
