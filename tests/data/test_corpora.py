@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from expunge.data import load_corpus
+from expunge.data.corpora import passages
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 
 LINES = [" ", " = Title = ", " ", " A sentence . "]
 ROWS = ["", " = Title = \n", "", " A sentence . \n"]  # what the hub set makes of these lines
@@ -38,6 +40,17 @@ def test_wikitext_from_a_hub(monkeypatch):
 
 def test_a_file_is_text_as_it_is(write):
     assert load_corpus(write("a.txt", "one\r\n\n two")) == "one\r\n\n two"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prepend"])
+def test_a_passage_is_as_long_as_its_tokens_allow(family, kind):
+    """A word is counted as it stands after another: SentencePiece gives one that stands alone a token more."""
+    tokenizer = family(kind)
+    text = "The river runs past the old mill and on to the sea. " * 8
+    found = list(passages(text, tokenizer, 12))
+    sizes = [len(encode(tokenizer, passage)) for passage in found]
+    assert " ".join(found) == text.strip() and max(sizes) <= 12
+    assert all(size + len(encode(tokenizer, "a sea.")) > 12 for size in sizes[:-1])
 
 
 def test_bad_sources(write, monkeypatch):
