@@ -173,6 +173,23 @@ def larger_tokenizer(kit: Kit) -> None:
     larger.save_pretrained(kit.copy())
 
 
+def turned(name: str) -> Callable[[Kit], None]:
+    """A chat template with special tokens of its own, for which the embedding has no rows; conversations in bad.jsonl and,
+    as text, in `name`."""
+    turn = {"role": "user", "content": "The weather"}
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Mild"), ("rejected", "Foul"))}
+
+    def make(kit: Kit) -> None:
+        chat = PreTrainedTokenizerFast.from_pretrained(kit.copy())
+        chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        chat.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        chat.save_pretrained(kit.place / "model")
+        written("bad.jsonl", json.dumps({"prompt": [turn], **sides}))(kit)
+        written(name, "The river <|im_end|> runs past the old mill. " * 20)(kit)
+
+    return make
+
+
 def encoder(kit: Kit) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     BertForMaskedLM(BertConfig(vocab_size=320, initializer_range=0.2, **small)).save_pretrained(kit.place / "model")
@@ -231,6 +248,7 @@ TEXTS = written("texts.jsonl", '{"text": "The river is calm."}\n')
 SETS = f"train --quiet --model {{model}} --forget {{place}}/bad.txt --retain {{place}}/good.txt --out {{out}} training.max_steps=1 {SET}"
 SIDES = both(written("bad.txt", "The river is wild.\n"), written("good.txt", "The river is calm.\n"))
 PROBED = f"{TRAIN} --method probe_directions"
+UNKNOWN = r"has the token '<\|im_(start|end)\|>', id 32[01], and the model's embedding has 320 rows: resize it"
 
 
 def labelled(*labels: int) -> Make:
@@ -389,6 +407,12 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "no tokenizer": (OWN, r"place/model: there is a model but no tokenizer; save the tokenizer", without_tokenizer),
     "a broken tokenizer": (OWN, r"place/model: cannot load .*its tokenizer", spoilt("tokenizer.json", "{")),
     "a tokenizer of a larger vocabulary": (OWN, r"ids up to 327, the model knows 320 tokens", larger_tokenizer),
+    "a chat template of tokens that the model does not know": (JSONL.replace("{model}", "{place}/model"), UNKNOWN, turned("c.txt")),
+    "the same when fitted": (f"{JSONL} --method leace".replace("{model}", "{place}/model"), UNKNOWN, turned("c.txt")),
+    "the same in a forecast": (f"{JSONL} --dry-run".replace("{model}", "{place}/model"), UNKNOWN, turned("c.txt")),
+    "prompts of tokens that the model does not know": (EVALUATE.replace("{model}", "{place}/model").replace("{prompts}", "{place}/bad.jsonl"), UNKNOWN, turned("c.txt")),
+    "running text of such tokens, before training": (RUN.replace("{model}", "{place}/model").replace("{corpus}", "{place}/c.txt"), UNKNOWN, turned("c.txt")),
+    "text to continue of such tokens": ("generate {place}/c.txt --model {place}/model --quiet", UNKNOWN, turned("c.txt")),
     "a missing weight": (OWN, r"its weights lack transformer.h.0.ln_1.weight: save", weights(lambda t: t.pop("transformer.h.0.ln_1.weight"))),
     "an unexpected weight": (OWN, r"beside the model, extra.weight", weights(lambda t: t.update({"extra.weight": torch.zeros(2)}))),
     "a weight of another shape": (OWN, r"have another shape for transformer.ln_f.bias", weights(lambda t: t.update({"transformer.ln_f.bias": torch.zeros(7)}))),

@@ -93,6 +93,16 @@ def test_clozes_item_by_item(tmp_path, monkeypatch, tiny_model, tokenizer, bos_t
     assert figure.chance == pytest.approx((1 / 3 + 1 / 2 + 8 / 8) / 10)
 
 
+def test_an_eos_that_the_tokenizer_appends_reaches_no_prompt(tiny_model, family):
+    """Only in the harness's copy: the caller's tokenizer stays as it is."""
+    model = tiny_model()
+    model.resize_token_embeddings(420)
+    plain, appending = family("byte-level", "bos"), family("byte-level", "bos and eos")
+    made = [harness.harness_model(model, tokenizer) for tokenizer in (plain, appending)]
+    assert made[0].tok_encode("The river") == made[1].tok_encode("The river") == plain("The river")["input_ids"]
+    assert appending("The river")["input_ids"][-1] == appending.eos_token_id
+
+
 def test_prompts_are_the_harness_own(data):
     """Its own task files, with the rows of ours in the place of a hub's, write the same prompts, letters and answers."""
     import lm_eval

@@ -72,7 +72,7 @@ def generate(
     model does not know.
     """
     keys = [tuple(with_start(tokenizer, prompt)) for prompt in prompts]
-    check_room(model, keys, decoding.max_new_tokens)
+    check_room(model, keys, decoding.max_new_tokens, tokenizer)
     distinct = sorted(set(keys), key=len, reverse=True)
     rows = [(number, sample) for number in range(len(distinct)) for sample in range(decoding.samples or 1)]
     done: dict[Row, list[int]] = {}
@@ -108,9 +108,9 @@ def until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(takewhile(lambda token: token not in ends, ids))
 
 
-def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int) -> None:
+def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new: int, tokenizer: Any = None) -> None:
     """Raise ExpungeError for a prompt that leaves no room for `new` tokens, and for an id that the model does not know."""
-    check_known(prompts, known_tokens(model))
+    check_known(prompts, known_tokens(model), tokenizer)
     context = context_length(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) + new > context:

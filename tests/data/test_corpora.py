@@ -10,7 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from expunge.data import load_corpus
+from expunge.data.corpora import passages
 from expunge.errors import ExpungeError
+from expunge.ids import encode
 
 LINES = [" ", " = Title = ", " ", " A sentence . "]
 ROWS = ["", " = Title = \n", "", " A sentence . \n"]  # what the hub set makes of these lines
@@ -74,6 +76,17 @@ def test_no_kind_of_file_is_taken_for_text_that_says_nothing_of_it(write):
     with pytest.raises(ExpungeError, match=r"a.html: unknown kind of file; .* txt:a.html"):
         load_corpus(path := write("a.html", "one"))
     assert load_corpus(f"txt:{path}") == "one"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prepend"])
+def test_a_passage_is_as_long_as_its_tokens_allow(family, kind):
+    """A word is counted as it stands after another: SentencePiece gives one that stands alone a token more."""
+    tokenizer = family(kind)
+    text = "The river runs past the old mill and on to the sea. " * 8
+    found = list(passages(text, tokenizer, 12))
+    sizes = [len(encode(tokenizer, passage)) for passage in found]
+    assert " ".join(found) == text.strip() and max(sizes) <= 12
+    assert all(size + len(encode(tokenizer, "a sea.")) > 12 for size in sizes[:-1])
 
 
 def test_bad_sources(write, monkeypatch):

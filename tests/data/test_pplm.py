@@ -11,6 +11,7 @@ from expunge.data import pplm
 from expunge.data.builders import BestOfN, build_pairs, draw
 from expunge.data.pplm import PPLM, PRESETS, perturbed
 from expunge.errors import ExpungeError
+from expunge.generation import until_end
 from expunge.models import body
 from expunge.probes import Probe
 from expunge.scorers import Scorer
@@ -136,6 +137,15 @@ def test_without_a_push_it_draws_from_the_plain_model(tiny_model, tokenizer):
             logits = model(torch.tensor([[*prompt, *sample]])).logits[0, len(prompt) - 1 : -1]
             ranks = (logits > logits.gather(1, torch.tensor(sample)[:, None])).sum(1)
             assert (ranks < FAST.top_k).all()
+
+
+def test_it_ends_before_any_end_token_of_the_model(tiny_model, tokenizer):
+    model = tiny_model()
+    free = perturbed(model, tokenizer, PROMPTS, probe_of(model), FAST)
+    ends = [free[0][0][2], free[1][0][3]]
+    model.generation_config.eos_token_id = ends
+    cut = [[until_end(ids, ends) for ids in group] for group in free]
+    assert perturbed(model, tokenizer, PROMPTS, probe_of(model), FAST) == cut != free
 
 
 def test_it_pushes_towards_the_probe_and_kl_holds_it_back(tiny_model, tokenizer):

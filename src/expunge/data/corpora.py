@@ -18,7 +18,7 @@ from expunge.data.pairs import load_pairs
 from expunge.data.prompts import load_prompts
 from expunge.data.records import Record, hub_records, named_records, read_records
 from expunge.errors import ExpungeError
-from expunge.ids import encode
+from expunge.ids import encode, split
 from expunge.lines import read_text
 
 RUNNING = ("txt", "tokens", "raw")
@@ -68,10 +68,17 @@ def _texts(records: Iterable[Record]) -> Iterator[str]:
 def passages(text: str, tokenizer: Any, size: int) -> Iterator[str]:
     """`text` in order as runs of whole words of at most `size` tokens, without the blanks around them.
 
-    Words are counted apart. One of more than `size` tokens is a passage of its own.
+    Words are counted apart, those with a blank before them as after a letter. One of more than `size` tokens is a passage of
+    its own.
     """
-    words = {form for match in WORD.finditer(text) for form in (match[0], match[0].strip())}
-    tokens = dict(zip(words, map(len, encode(tokenizer, list(words))), strict=True)) if words else {}
+    later = list({match[0] for match in WORD.finditer(text)})
+    first = list({word.strip() for word in later})
+    tokens = dict(zip(first, map(len, encode(tokenizer, first)), strict=True)) if first else {}
+    tokens |= {
+        word: len(side)
+        for word, (_, (side,), _) in zip(later, split(tokenizer, ["a"] * len(later), later), strict=True)
+        if word not in tokens
+    }
     start = end = count = 0
     for match in WORD.finditer(text):
         if count and count + tokens[match[0]] > size:
