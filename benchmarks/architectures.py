@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -36,7 +36,7 @@ from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.methods.repo import REPO
 from expunge.metrics.perplexity import row_nll
-from expunge.models import batches_unequal, blocks, frozen, head_form, hidden_states, load_model
+from expunge.models import batching, blocks, frozen, head_form, hidden_states, load_model
 from expunge.training import UnlearnConfig, UnlearnTrainer
 
 RESULTS = Path("benchmarks/results/architectures.jsonl")
@@ -106,10 +106,12 @@ SIZES: dict[str, Any] = {
 HYBRID = ["linear_attention", "full_attention"] * 2
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": None},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": None, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_mamba": {"intermediate_size": 64},
     "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * LAYERS},
@@ -124,6 +126,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 8, "num_key_value_heads": 4},
+    "xlstm": {"chunk_size": 1, "mode": "inference"},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -204,7 +207,7 @@ def own_logps(model: Any, row: list[int]) -> torch.Tensor:
 
 def own_generation(model: Any, prompt: list[int]) -> list[int]:
     """New tokens by transformers' own generate: greedy, alone, without a cache where it can do without."""
-    ids = torch.tensor([prompt])
+    ids, model.generation_config = torch.tensor([prompt]), GenerationConfig()  # BART's forces a last token
     for use_cache in (False, True):
         asked = {"do_sample": False, "max_new_tokens": NEW, "use_cache": use_cache, "eos_token_id": 0, "pad_token_id": 0}
         try:
@@ -237,7 +240,7 @@ def compared(model: Any, own: Any, tokens: Any) -> dict[str, Any]:
 
     form = head_form(model)
     found["head"] = "its own forward" if form is None else {"scale": form.scale, "cap": form.cap}
-    found["together"] = batches_unequal(model)
+    found["batching"] = batching(model)
     new = generate(model, tokens, PROMPTS, Decoding(max_new_tokens=NEW))
     wanted = [own_generation(own, prompt) for prompt in PROMPTS]
     found["generation"] = sum(one[0] != other for one, other in zip(new, wanted, strict=True))

@@ -21,6 +21,7 @@ from expunge.losses.likelihood import Direction
 from expunge.models import (
     Layer,
     Reference,
+    alike,
     head_form,
     head_logits,
     hidden_states,
@@ -269,9 +270,16 @@ def check_head(model: nn.Module, batch: Mapping[str, Mapping[str, torch.Tensor]]
     inner = inner_model(model)
     with torch.autocast(ids.device.type, enabled=False):
         states = hidden_states(model, ids, torch.ones_like(ids), ["final"])["final"]
-        ours = head_logits(model, states).float()
-        own = type(inner).forward(inner, input_ids=ids, use_cache=False).logits.float()  # without accelerate's autocast
-    if not (ours - own).abs().mean() <= tolerance(inner) * own.abs().mean():
+        ours = head_logits(model, states)
+        # without accelerate's autocast
+        own, again = (type(inner).forward(inner, input_ids=ids, use_cache=False).logits for _ in range(2))
+    near = tolerance(inner)
+    if not alike(again, own, near):
+        raise ExpungeError(
+            f"{type(inner).__name__}: its forward is random in training, beyond its dropout, so that it cannot be "
+            "compared with a reference; set what its configuration calls noise or jitter to 0"
+        )
+    if not alike(ours, own, near):
         raise ExpungeError(
             f"{type(inner).__name__}: its logits do not follow from the final states of its body; expunge cannot train an "
             "architecture whose logits it does not know"

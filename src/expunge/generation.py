@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicLayer
 from expunge.errors import ExpungeError
 from expunge.ids import check_known, with_start
 from expunge.models import (
-    batches_unequal,
+    Batching,
+    batching,
     check_model,
     context_length,
     evaluating,
@@ -78,16 +79,16 @@ def generate(
     done: dict[Row, list[int]] = {}
     ends = end_tokens(model, tokenizer)
     check_model(model)
-    together = batches_unequal(model)
+    way = batching(model)
     with _quiet_inference(model) as inner:
         size = batch_size or _rows_that_fit(inner, max(map(len, distinct), default=0) + decoding.max_new_tokens)
 
         def work(batch: Sequence[Row]) -> None:
-            done.update(zip(batch, _continue_rows(inner, ends, distinct, batch, decoding, together), strict=True))
+            done.update(zip(batch, _continue_rows(inner, ends, distinct, batch, decoding, way), strict=True))
             if progress:
                 progress(len(done), len(rows))
 
-        for _, alike in groupby(rows, key=lambda row: together or len(distinct[row[0]])):
+        for _, alike in groupby(rows, key=lambda row: way == "shared" or len(distinct[row[0]])):
             in_batches(list(alike), lambda _: size, work)
     number_of = {key: number for number, key in enumerate(distinct)}
     return [[done[number_of[key], sample] for sample in range(decoding.samples or 1)] for key in keys]
@@ -149,20 +150,20 @@ def _continue_rows(
     prompts: list[tuple[int, ...]],
     rows: Sequence[Row],
     decoding: Decoding,
-    together: bool,
+    way: Batching,
 ) -> list[list[int]]:
-    """New ids of each row of one batch. together: samples of a prompt share its prefill; else each row is run whole."""
+    """New ids of each row of one batch, all of one length unless `way` is "shared": then samples share a prefill."""
     first = rows[0][0]
     ids, mask = _left_padded(prompts[first : rows[-1][0] + 1], model.device)
     prompt_of = torch.tensor([number - first for number, _ in rows], device=model.device)
     last = set(ids[:, -2:].flatten().tolist())
     pad = next(token for token in count() if token not in last)  # else transformers takes a last token for padding
-    settings = {"eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False, "use_cache": True}
+    settings = {"eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False, "use_cache": way != "whole"}
     processors = LogitsProcessorList()
     if decoding.samples:
         keys = [sample_key(decoding.seed, prompts[number], sample) for number, sample in rows]
         processors.append(_KeyedTopP(torch.tensor(keys, device=model.device), ids.shape[1], decoding))
-    cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings) if together and ids.shape[1] > 1 else None
+    cache = _prefill(model, ids[:, :-1], mask[:, :-1], settings) if way == "shared" and ids.shape[1] > 1 else None
     if cache is not None:
         cache.batch_select_indices(prompt_of)
         cache.layers = [_Roomy.of(layer, decoding.max_new_tokens) for layer in cache.layers]

@@ -3,7 +3,7 @@
 model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA adapters included
 """
 
-from expunge.models.caches import batches_unequal, copies_rows, keeps_keys
+from expunge.models.caches import Batching, batching, copies_rows, keeps_keys
 from expunge.models.checks import check_model
 from expunge.models.forward import (
     Layer,
@@ -19,7 +19,7 @@ from expunge.models.forward import (
     known_tokens,
     width,
 )
-from expunge.models.head import Form, check_copied_head, head_form, head_logits, output_layer, tolerance, vocabulary
+from expunge.models.head import Form, alike, check_copied_head, head_form, head_logits, output_layer, tolerance, vocabulary
 from expunge.models.loading import (
     BUILTIN,
     BUILTINS,
@@ -44,10 +44,12 @@ from expunge.models.reference import (
 __all__ = [
     "BUILTIN",
     "BUILTINS",
+    "Batching",
     "Form",
     "Layer",
     "Reference",
-    "batches_unequal",
+    "alike",
+    "batching",
     "blocks",
     "body",
     "check_copied_head",

@@ -1,14 +1,13 @@
 """What a model keeps of the tokens before: may rows of unequal length share a batch, and samples the keys of their prompt?
 
-    if batches_unequal(model):      # else: rows of one length at a time, each computed whole
-        ...
+    batching(model)      # "shared", "equal" or "whole": how its rows may be continued, tried once
 
 Keys and values of attention may be copied from row to row, and what stands left of a text may be masked out. A recurrent
 state takes padding in; other caches (of an indexer, of convolutions, of fixed size) are not copied by what copies keys.
 """
 
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,13 +16,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expunge.errors import is_out_of_memory
 from expunge.models.forward import body, inner_model
-from expunge.models.head import tolerance
+from expunge.models.head import alike, tolerance
 from expunge.models.reference import evaluating
 
 TOKENS = 9
 PADDING = 5
 
-_UNEQUAL: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+Batching = Literal["shared", "equal", "whole"]
+"""shared: unequal rows, padded on the left, after one prefill of each prompt. equal: rows of one length, with the model's
+own cache. whole: rows of one length, all of it computed at every token."""
+
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, Batching]" = weakref.WeakKeyDictionary()
 
 
 def copies_rows(cache: Any) -> bool:
@@ -41,39 +44,47 @@ def keeps_keys(model: nn.Module) -> bool:
     return copies_rows(getattr(output, "past_key_values", None))
 
 
-def batches_unequal(model: nn.Module) -> bool:
-    """Is a text after padding, from keys and values computed beforehand, continued as it is alone? Tried once a model.
+def batching(model: nn.Module) -> Batching:
+    """The quickest way in which a batch gives each row the next tokens' logits that it has alone, without a cache.
 
-    Never where the model keeps anything but keys and values.
+    Never "shared" where the model keeps anything but keys and values.
     """
     inner = inner_model(model)
-    if inner not in _UNEQUAL:
+    if inner not in _KNOWN:
         with evaluating(inner):
-            _UNEQUAL[inner] = keeps_keys(inner) and _continues_alike(inner)
-    return _UNEQUAL[inner]
+            if keeps_keys(inner) and _continues_alike(inner, "shared"):
+                _KNOWN[inner] = "shared"
+            else:
+                _KNOWN[inner] = "equal" if _continues_alike(inner, "equal") else "whole"
+    return _KNOWN[inner]
 
 
 @torch.no_grad()
-def _continues_alike(inner: Any) -> bool:
-    """Two next tokens' logits: of a text alone without a cache, and beside a longer one after a shared prefill."""
-    ids = _tokens(inner, TOKENS)
-    mask = torch.ones(2, TOKENS, dtype=torch.long, device=ids.device)
-    mask[1, :PADDING] = 0
-    both = torch.stack([ids, ids])
+def _continues_alike(inner: Any, way: Batching) -> bool:
+    """Are two next tokens' logits those of each text alone? Of two texts, the second begins within the first if shared."""
+    ids, start = _tokens(inner, 2 * TOKENS).view(2, TOKENS), PADDING if way == "shared" else 0
+    mask = torch.ones_like(ids)
+    mask[1, :start] = 0
     own, inner.generation_config = inner.generation_config, GenerationConfig()
-    settings = {"do_sample": False, "pad_token_id": int(ids[-1]) + 1, "return_dict_in_generate": True, "output_logits": True}
+    pad = next(id for id in range(len(ids.unique()) + 1) if id not in ids)
+    settings = {"do_sample": False, "pad_token_id": pad, "return_dict_in_generate": True, "output_logits": True}
+
+    def continued(ids: torch.Tensor, mask: torch.Tensor, new: int = 2, use_cache: bool = True, cache: Any = None) -> Any:
+        config = GenerationConfig(max_new_tokens=new, use_cache=use_cache, **settings)
+        return inner.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+
     try:
-        one = GenerationConfig(max_new_tokens=1, use_cache=True, **settings)
-        cache = inner.generate(input_ids=both[:, :-1], attention_mask=mask[:, :-1], generation_config=one).past_key_values
-        cache.batch_select_indices(torch.tensor([1, 0], device=ids.device))
-        rows = {"input_ids": both.flip(0), "attention_mask": mask.flip(0), "past_key_values": cache}
-        batched = inner.generate(**rows, generation_config=GenerationConfig(max_new_tokens=2, use_cache=True, **settings))
-        for row, begin in ((0, PADDING), (1, 0)):
-            text = {"input_ids": ids[None, begin:], "attention_mask": torch.ones_like(ids[None, begin:])}
-            alone = inner.generate(**text, generation_config=GenerationConfig(max_new_tokens=2, use_cache=False, **settings))
-            for found, wanted in zip(batched.logits, alone.logits, strict=True):
-                if not (found[row] - wanted[0]).abs().mean() <= tolerance(inner) * wanted[0].abs().mean():
-                    return False
+        cache, order = None, torch.tensor([1, 0], device=ids.device)
+        if way == "shared":
+            cache = continued(ids[:, :-1], mask[:, :-1], new=1).past_key_values
+            cache.batch_select_indices(order)
+        batched = continued(ids[order], mask[order], cache=cache).logits
+        for place, row in enumerate(order.tolist()):
+            begin = int(mask[row].argmax())
+            alone = continued(ids[row : row + 1, begin:], mask[row : row + 1, begin:], use_cache=False).logits
+            near = tolerance(inner)
+            if not all(alike(found[place], wanted[0], near) for found, wanted in zip(batched, alone, strict=True)):
+                return False
     except Exception as error:  # whatever an architecture makes of a cache that it is given
         if is_out_of_memory(error):
             raise

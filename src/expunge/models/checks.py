@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.models.forward import Layer, blocks, hidden_states, inner_model, width
-from expunge.models.head import head_logits, own_logits, tolerance
+from expunge.models.head import alike, head_logits, own_logits, tolerance
 from expunge.models.reference import evaluating
 
 TOKENS = 6
@@ -41,6 +41,7 @@ def _check(inner: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     mask[1, TOKENS // 2 :] = 0
     layers: list[Layer] = [*range(len(blocks(inner))), "pre_norm", "final"]
+    versions = [parameter._version for parameter in inner.parameters()]
     with torch.autocast(device.type, enabled=False):
         try:
             states = hidden_states(inner, ids, mask, layers)
@@ -48,18 +49,24 @@ def _check(inner: PreTrainedModel) -> None:
             asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_hidden_states": True}
             output = type(inner).forward(inner, **asked)  # without accelerate's autocast
             own, named = output.logits, getattr(output, "hidden_states", None) or ()
-        except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except ExpungeError:
+            raise
+        except Exception as error:  # whatever an architecture makes of ids and a mask alone
+            if is_out_of_memory(error):
+                raise
             raise _unsupported(name, f"its forward takes more than ids and a mask ({_first_line(error)})") from None
+        if versions != [parameter._version for parameter in inner.parameters()]:
+            raise _unsupported(name, "its forward changes its own weights")
         for layer, found in states.items():
             if not isinstance(found, torch.Tensor) or found.shape != (*ids.shape, width(inner)):
                 raise _unsupported(name, f"its state {layer!r} is no residual stream of its width, {width(inner)}")
         real = mask.bool()
         final = states["final"]
         for logits in (own_logits(inner, final), head_logits(inner, final)):
-            if logits.shape != own.shape or not _alike(logits[real.to(logits.device)], own[real.to(own.device)], near):
+            if logits.shape != own.shape or not alike(logits[real.to(logits.device)], own[real.to(own.device)], near):
                 raise _unsupported(name, "its logits do not follow from the final states of its body")
     # above rounding, where experts are chosen by batch
-    if not _alike(final[1:, : TOKENS // 2], alone, max(near, 0.02)):
+    if not alike(final[1:, : TOKENS // 2], alone, max(near, 0.02)):
         raise _unsupported(name, "padding after a text changes its states")
     if len(named) == len(layers) - 1:
         ours = [states[layer] for layer in layers]  # RWKV names what leaves a block, the others what enters it
@@ -70,12 +77,7 @@ def _check(inner: PreTrainedModel) -> None:
 
 def _same(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor, near: float) -> bool:
     """Are states alike at the real tokens?"""
-    return found.shape == wanted.shape and _alike(found[real.to(found.device)], wanted[real.to(wanted.device)], near)
-
-
-def _alike(found: torch.Tensor, wanted: torch.Tensor, near: float) -> bool:
-    wanted = wanted.float()
-    return bool((found.float().to(wanted.device) - wanted).abs().mean() <= near * wanted.abs().mean())
+    return found.shape == wanted.shape and alike(found[real.to(found.device)], wanted[real.to(wanted.device)], near)
 
 
 def _unsupported(name: str, why: str) -> ExpungeError:

@@ -36,11 +36,12 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer blocks in order: the one list of `num_hidden_layers` modules in the decoder, no tower for images."""
     inner = inner_model(model)
     depth = inner.config.get_text_config().num_hidden_layers
-    decoder = inner.get_decoder()
-    for module in (body(model) if decoder is None or decoder is inner else decoder).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ExpungeError(f"{type(inner_model(model)).__name__}: no list of {depth} blocks found in its body")
+    for part in (inner.get_decoder(), body(model)):  # what ModernBERT calls so is its head
+        if part is not None and part is not inner:
+            for module in part.modules():
+                if isinstance(module, nn.ModuleList) and len(module) == depth:
+                    return module
+    raise ExpungeError(f"{type(inner).__name__}: no list of {depth} blocks found in its body")
 
 
 def width(model: nn.Module) -> int:

@@ -170,16 +170,15 @@ def _proved(inner: PreTrainedModel, layer: nn.Module) -> Form | None:
         products, logits = [layer(some) for some in scaled], [own_logits(inner, some) for some in scaled]
         if products[0].shape != logits[0].shape or not _rests_on(layer, inner, states):
             return None
-    form = _fitted(products, logits, 1e-6 if exact(inner) else 1e-3)
     near = tolerance(inner)
-    for product, found in zip(products, logits, strict=True):
-        if not (form.of(product).float() - found.float()).abs().mean() <= near * found.float().abs().mean():
-            return None
-    return form
+    for form in (Form(), _fitted(products, logits)):
+        if all(alike(form.of(product), found, near) for product, found in zip(products, logits, strict=True)):
+            return form
+    return None
 
 
-def _fitted(products: list[torch.Tensor], logits: list[torch.Tensor], near: float) -> Form:
-    """The form that comes nearest, of products and logits `[N, V]` by SIZES. A scale as near to 1 as `near` is 1."""
+def _fitted(products: list[torch.Tensor], logits: list[torch.Tensor]) -> Form:
+    """The form that comes nearest, of products and logits `[N, V]` by SIZES."""
     some = slice(None, None, max(1, logits[0].shape[-1] // COLUMNS))
     product, found = (torch.stack([one[:, some] for one in each]).double() for each in (products, logits))
     most, less = found[-1].abs().max().item(), found[:-1].abs().max().item()
@@ -188,7 +187,7 @@ def _fitted(products: list[torch.Tensor], logits: list[torch.Tensor], near: floa
         inside = found.abs() < 0.9 * cap
         product, found = product[inside], cap * torch.atanh(found[inside] / cap)
     scale = ((product * found).sum() / product.square().sum().clamp(min=1e-300)).item()
-    return Form(1.0 if abs(scale - 1) < near else scale, cap)
+    return Form(scale, cap)
 
 
 @torch.enable_grad()
@@ -208,12 +207,15 @@ def _rests_on(layer: nn.Module, inner: PreTrainedModel, states: torch.Tensor) ->
     return True
 
 
-def exact(model: nn.Module) -> bool:
-    """Are its products in at least float32, and of weights as they are?"""
-    inner = inner_model(model)
-    return inner.dtype.itemsize >= 4 and not getattr(inner, "is_quantized", False)
-
-
 def tolerance(model: nn.Module) -> float:
     """Of a mean difference, relative: rounding is far below it, an error far above."""
-    return 1e-4 if exact(model) else 5e-2
+    inner = inner_model(model)
+    return 1e-4 if inner.dtype.itemsize >= 4 and not getattr(inner, "is_quantized", False) else 5e-2
+
+
+def alike(found: torch.Tensor, wanted: torch.Tensor, near: float) -> bool:
+    """Is the mean difference at most `near` of the mean size? What is masked out, at the end of its type, must be equal."""
+    usual = wanted.abs() < torch.finfo(wanted.dtype).max / 4
+    found, wanted = found.to(wanted.device).float(), wanted.float()
+    apart = torch.where(found == wanted, 0.0, (found - wanted).abs())
+    return bool(apart.mean() <= near * wanted[usual].abs().mean())

@@ -96,8 +96,10 @@ def load_model(
     if device_map is None and not getattr(model, "is_quantized", False):
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.eval()
-    _check_causal(name, model)
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # else RWKV's forward divides its weights in place, and they are saved so
     check_model(model)
+    _check_causal(name, model)
     return model, tokenizer
 
 

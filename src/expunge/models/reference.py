@@ -112,12 +112,15 @@ def only_training(model: nn.Module, names: Collection[str] | None) -> Iterator[N
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Every dropout of the model set to zero, in place: policy and reference must agree at step 0."""
+    """Every dropout of the model set to zero, in place: policy and reference must agree at step 0.
+
+    A module may keep its share as a number, for F.dropout: Llama's attention, GPTBigCode's, OPT's blocks.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):  # Llama's attention, OPT's blocks: F.dropout(x, p=...)
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
     return model
 
