@@ -17,16 +17,8 @@ from expunge.models.forward import (
     inner_model,
     width,
 )
-from expunge.models.loading import (
-    BUILTIN,
-    BUILTINS,
-    is_adapter,
-    load_model,
-    load_outline,
-    loading_options,
-    local_folders,
-    reading,
-)
+from expunge.models.identity import Identity, facts_digest, identity, identity_of, tokenizer_digest, weights_digest
+from expunge.models.loading import BUILTIN, BUILTINS, is_adapter, load_model, load_outline, loading_options, reading
 from expunge.models.reference import (
     Reference,
     evaluating,
@@ -34,13 +26,13 @@ from expunge.models.reference import (
     only_training,
     original,
     sharing_copy,
-    weights_digest,
     without_dropout,
 )
 
 __all__ = [
     "BUILTIN",
     "BUILTINS",
+    "Identity",
     "Layer",
     "Reference",
     "blocks",
@@ -49,21 +41,24 @@ __all__ = [
     "context_of",
     "depth",
     "evaluating",
+    "facts_digest",
     "frozen",
     "head_logits",
     "head_scaling",
     "hidden_states",
+    "identity",
+    "identity_of",
     "in_batches",
     "inner_model",
     "is_adapter",
     "load_model",
     "load_outline",
     "loading_options",
-    "local_folders",
     "only_training",
     "original",
     "reading",
     "sharing_copy",
+    "tokenizer_digest",
     "weights_digest",
     "width",
     "without_dropout",
