@@ -19,7 +19,9 @@ import yaml
 from expunge.errors import ExpungeError
 from expunge.whole import cannot_write, remove, write_text
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, LOCK, DATE = "config.yaml", ".lock", ".date"
+OURS = (CONFIG, LOCK, DATE)
+"""What is there before a run has done anything: `DATE` has the day on which it began, which chat templates are told."""
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def claimed(folder: Path, settings: Mapping[str, Any], may_change: Sequence[str]
         try:
             yield
         except BaseException:
-            if first and not any(path.is_file() and path.name not in (CONFIG, LOCK) for path in folder.rglob("*")):
+            if first and not any(path.is_file() and path.name not in OURS for path in folder.rglob("*")):
                 _empty(folder)
             raise
 
@@ -103,8 +105,15 @@ def _check(folder: Path, settings: Mapping[str, Any], may_change: Sequence[str])
             raise ExpungeError(f"{path}: not valid YAML: choose another --out, or remove the folder") from None
         if difference := _first_difference(found, settings, "", may_change):
             raise ExpungeError(f"{folder} holds another run ({difference}): choose another --out, or remove the folder")
-    elif folder.is_dir() and any(inside.name != LOCK and not inside.match(f"{CONFIG}.*.tmp") for inside in folder.iterdir()):
+    elif folder.is_dir() and any(
+        inside.name not in (LOCK, DATE) and not inside.match(f"{CONFIG}.*.tmp") for inside in folder.iterdir()
+    ):
         raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
+
+
+def _is_begun(path: Path) -> bool:
+    """Is this what a process leaves that was killed at once?"""
+    return path.name in (LOCK, DATE) or path.match(f"{CONFIG}.*.tmp") or path.match(f"{DATE}.*.tmp")
 
 
 def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str]) -> str | None:

@@ -248,15 +248,15 @@ def _hash_tensors(paths: tuple[str, ...], states: tuple[tuple[int, ...], ...]) -
 def _read_tensors(paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """In order of their names, one at a time."""
     files = [safe_open(path, framework="pt") for path in paths]
-    for name, file in sorted((name, number) for number, file in enumerate(files) for name in file.keys()):
-        yield name, files[file].get_tensor(name)
+    for name, at in sorted((name, at) for at, file in enumerate(files) for name in file.keys()):  # noqa: SIM118
+        yield name, files[at].get_tensor(name)
 
 
 def _digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -46,7 +46,7 @@ def unpacking() -> dict[str, Any]:
 
 
 def forget_packing(model: Any) -> None:
-    """Of a model that was unpacked: its configuration says it was packed, and it cannot be saved, until this is taken out."""
+    """Take out of an unpacked model that it was packed: while its configuration says so, it cannot be saved."""
     for thing, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         vars(thing).pop(name, None)
     model.is_quantized = False
@@ -55,8 +55,10 @@ def forget_packing(model: Any) -> None:
 def quantization_of(config: PreTrainedConfig) -> str | None:
     """By what the checkpoint says that it was quantized, such as gptq; None where it is not."""
     found = _settings(config)
-    method = found and found.get("quant_method")
-    return found and str(getattr(method, "value", method) or "bitsandbytes")
+    if found is None:
+        return None
+    method = found.get("quant_method")
+    return str(getattr(method, "value", method) or "bitsandbytes")
 
 
 def check_quantization(name: str | Path, config: PreTrainedConfig) -> None:

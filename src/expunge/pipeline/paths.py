@@ -1,0 +1,68 @@
+"""Paths in what a run keeps of its settings: so that it is found from another working directory, and after it was moved.
+
+    portable({"model": "m", "data": {"train": "pairs.jsonl"}}, Path("runs/first"))
+    # {"model": "/home/me/m", ...}, and of a model in runs/first/m: {"model": "./m", ...}
+
+Inside the run's folder a path is relative to it and begins with `./`; any other is absolute. Names of sets, of built-in
+models and of the hub stay as they are.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from expunge.data.named import NAMED
+from expunge.models import BUILTINS
+
+HERE = "./"
+KEYS = (
+    "model", "data", "monitor.prompts", "monitor.corpus", "redteam.validation", "redteam.search", "redteam.neutral",
+    "attack", "training.anchor_text", "evaluate", "attacked", "evaluation.scorers",
+)  # fmt: skip
+"""Where names of models and data stand in the settings of a run; a section stands for all in it."""
+PREFIXES = ("hf:", "pair-toxicity:")
+KNOWN = {*BUILTINS, *(entry.name for entry in NAMED)}
+
+
+def portable(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run as its folder is to keep them."""
+    home = folder.resolve()
+
+    def kept(path: Path) -> str:
+        full = path.resolve()
+        return HERE + str(full.relative_to(home)) if full.is_relative_to(home) else str(full)
+
+    return _changed(dict(settings), "", lambda name: _kept(name, kept))
+
+
+def restored(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings that `portable` made, with every path as it is now."""
+
+    def found(name: str) -> str:
+        head, path = _split(name)
+        return head + str((folder / path).resolve()) if path.startswith(HERE) and (folder / path).exists() else name
+
+    return _changed(dict(settings), "", found)
+
+
+def _kept(name: str, kept: Callable[[Path], str]) -> str:
+    if name in KNOWN:
+        return name
+    head, path = _split(name)
+    there = Path(path).expanduser()
+    return head + kept(there) if path and there.exists() else name
+
+
+def _split(name: str) -> tuple[str, str]:
+    """What says how a path is read, and the path."""
+    head = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return head, name.removeprefix(head)
+
+
+def _changed(tree: Any, path: str, change: Callable[[str], str]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _changed(value, f"{path}.{key}".lstrip("."), change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_changed(value, path, change) for value in tree]
+    wanted = any(path == key or path.startswith(f"{key}.") for key in KEYS)
+    return change(tree) if wanted and isinstance(tree, str) else tree
