@@ -149,7 +149,7 @@ def evaluate(
     hush()
     if not pipeline.is_main_process():
         return
-    origin = pipeline.origin_of(Path(model))
+    origin = pipeline.origin_of(Path(model), reference)
     name = str(Path(model) / "model") if origin else model
     settings = read_settings(overrides, config, name, None, None, budget, origin.get("loading", {}) | loading)
     settings.method = origin.get("method", {})
@@ -157,11 +157,12 @@ def evaluate(
     reference = reference or origin.get("model")
     if prompts:
         settings.data.prompts = prompts
-    data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
-    scorers = [load_scorer(name) for name in settings.evaluation.scorers]
-    with pipeline.claim(output, settings, evaluate={"reference": reference}):
-        pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
-        write_report(output)
+    with pipeline.dated(output, like=Path(model)):
+        data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
+        scorers = [load_scorer(name) for name in settings.evaluation.scorers]
+        with pipeline.claim(output, settings, evaluate={"reference": reference}):
+            pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
+            write_report(output)
     _print_headline(output, as_json)
 
 

@@ -48,10 +48,10 @@ def write_pairs(
 ) -> BuildReport:
     """Pairs as JSON lines {prompt, chosen, rejected} in `path`, the recipe and what became of the prompts beside it.
 
-    Chunks of 4,096 prompts are kept in `path`.KEY.parts until the file is whole, so that the same call goes on after the last;
-    once it is whole the call returns what the facts say. progress: called with (prompts done, prompts in all). Of the report,
-    scores and greedy sides count pairs that are dropped because another chunk has them. Raises ExpungeError where no prompt
-    gives a pair, and where `path` has something else, such as pairs of another model.
+    Chunks of 4,096 prompts are kept in `path`.KEY.parts until the file is whole, so that the same call goes on after the
+    last; once it is whole the same call only returns its report. progress: called with (prompts done, prompts in all).
+    Scores and greedy sides of the report count pairs that are dropped because another chunk has them. Raises ExpungeError
+    where no prompt gives a pair, and where `path` has something else, such as pairs of another model.
     """
     facts = {
         "strategy": type(recipe).__name__,

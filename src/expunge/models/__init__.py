@@ -18,7 +18,16 @@ from expunge.models.forward import (
     width,
 )
 from expunge.models.identity import Identity, facts_digest, identity, identity_of, tokenizer_digest, weights_digest
-from expunge.models.loading import BUILTIN, BUILTINS, is_adapter, load_model, load_outline, loading_options, reading
+from expunge.models.loading import (
+    BUILTIN,
+    BUILTINS,
+    is_adapter,
+    is_local,
+    load_model,
+    load_outline,
+    loading_options,
+    reading,
+)
 from expunge.models.reference import (
     Reference,
     evaluating,
@@ -51,6 +60,7 @@ __all__ = [
     "in_batches",
     "inner_model",
     "is_adapter",
+    "is_local",
     "load_model",
     "load_outline",
     "loading_options",

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from expunge.adapters import Adapter
+from expunge.adapters import ADAPTER_CONFIG, Adapter
 from expunge.errors import ExpungeError
 from expunge.models.forward import body
 from expunge.models.packed import check_quantization, forget_packing, gguf_file, quantization_of, unpacking
@@ -140,6 +140,15 @@ def is_adapter(name: str | Path, revision: str | None = None) -> bool:
     """Is there a PEFT adapter of this name? ExpungeError where its settings cannot be read."""
     with reading(name, "causal language model", "its adapter_config.json"):
         return place_of(name, revision).adapter is not None
+
+
+def is_local(name: str | Path) -> bool:
+    """Does a model of this name lie on this machine, outside the cache of the hub?"""
+    if str(name) in BUILTINS or Path(name).suffix.lower() == ".gguf":
+        return True
+    return any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG)) or bool(
+        [*Path(name).glob("*.gguf")]
+    )
 
 
 @dataclasses.dataclass(frozen=True)

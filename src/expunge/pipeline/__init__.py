@@ -10,7 +10,16 @@ content, never of names, and are compared when a record is read again: what is f
 from expunge.pipeline.job import run
 from expunge.pipeline.measuring import measure
 from expunge.pipeline.origin import check_run, origin_of, settings_of_run
-from expunge.pipeline.stages import MEASURED, check_one_process, claim, dated, finish, is_main_process, write_provenance
+from expunge.pipeline.stages import (
+    MEASURED,
+    check_one_process,
+    claim,
+    dated,
+    finish,
+    is_main_process,
+    keep_date,
+    write_provenance,
+)
 from expunge.pipeline.training import train
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "dated",
     "finish",
     "is_main_process",
+    "keep_date",
     "measure",
     "origin_of",
     "run",

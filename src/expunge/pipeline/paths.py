@@ -32,31 +32,39 @@ def portable(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         full = path.resolve()
         return HERE + str(full.relative_to(home)) if full.is_relative_to(home) else str(full)
 
-    return _changed(dict(settings), "", lambda name: _kept(name, kept))
+    return with_names(settings, lambda name: _kept(name, kept))
 
 
 def restored(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The settings that `portable` made, with every path as it is now."""
 
     def found(name: str) -> str:
-        head, path = _split(name)
-        return head + str((folder / path).resolve()) if path.startswith(HERE) and (folder / path).exists() else name
+        head, path, tail = name_parts(name)
+        there = path.startswith(HERE) and (folder / path).exists()
+        return head + str((folder / path).resolve()) + tail if there else name
 
-    return _changed(dict(settings), "", found)
+    return with_names(settings, found)
+
+
+def with_names(settings: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The settings with every name of a model or of data as `change` gives it."""
+    return _changed(dict(settings), "", change)
 
 
 def _kept(name: str, kept: Callable[[Path], str]) -> str:
     if name in KNOWN:
         return name
-    head, path = _split(name)
+    head, path, tail = name_parts(name)
     there = Path(path).expanduser()
-    return head + kept(there) if path and there.exists() else name
+    return head + kept(there) + tail if path and there.exists() else name
 
 
-def _split(name: str) -> tuple[str, str]:
-    """What says how a path is read, and the path."""
+def name_parts(name: str) -> tuple[str, str, str]:
+    """What says how it is read (`hf:`, `pair-toxicity:`), the path or name itself, and a classifier's label (`@toxic`)."""
     head = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return head, name.removeprefix(head)
+    path = name.removeprefix(head)
+    source, at, label = path.rpartition("@") if head == "hf:" else ("", "", "")
+    return (head, source, at + label) if at else (head, path, "")
 
 
 def _changed(tree: Any, path: str, change: Callable[[str], str]) -> Any:

@@ -51,9 +51,15 @@ def claim(folder: Path, config: RunConfig, **more: Any) -> Iterator[None]:
     """
     settings = portable(dataclasses.asdict(config) | more, folder)
     with dated(folder), claimed(folder, settings, MEASURED) if is_main_process() else contextlib.nullcontext():
-        if is_main_process() and not (folder / DATE).exists():
-            write_text(folder / DATE, clock.today().isoformat() + "\n")
+        if is_main_process():
+            keep_date(folder)
         yield
+
+
+def keep_date(folder: Path) -> None:
+    """Leave in `folder` the date that templates are told, where there is none yet."""
+    if not (folder / DATE).exists():
+        write_text(folder / DATE, clock.today().isoformat() + "\n")
 
 
 @contextlib.contextmanager
