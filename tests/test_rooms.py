@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "config": {"errors", "registry"},
     "provenance": LEAVES,
     "losses": set(),
-    "adapters": LEAVES,
+    "adapters": LEAVES | {"claim"},
     "steering": LEAVES,
     "models": LEAVES | {"adapters", "steering"},
     "states": LEAVES | {"models"},

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from expunge.claim import found_again
 from expunge.config import convert
 from expunge.errors import ExpungeError
 from expunge.registry import did_you_mean
@@ -102,6 +103,7 @@ class Adapter:
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ExpungeError(f"{source}: an adapter whose adapter_config.json names no base_model_name_or_path")
+        base = found_again(base, Path(source).parent)  # that of a run which was moved with its model
         if (Path(base) / ADAPTER_CONFIG).is_file():
             raise ExpungeError(f"{source}: the base of this adapter, {base}, is an adapter itself; merge that one first")
         return cls(source, revision, base, settings.get("revision"))

@@ -53,16 +53,7 @@ def write_pairs(
     Scores and greedy sides of the report count pairs that are dropped because another chunk has them. Raises ExpungeError
     where no prompt gives a pair, and where `path` has something else, such as pairs of another model.
     """
-    facts = {
-        "strategy": type(recipe).__name__,
-        "recipe": asdict(recipe),
-        "scorer": scorer.name,
-        "scorer_digest": scorer.digest,
-    }
-    found = identity(model, tokenizer)
-    facts |= {"model_sha256": found.weights, "probe_auc": probe and round(probe.auc, 4)}
-    fitted = probe and [probe.weight.tolist(), probe.bias]
-    key = digest([facts, found.key, software(), CHUNK, data_digest(prompts), fitted])
+    facts, key = pairs_key(model, tokenizer, prompts, scorer, recipe, probe)
     if (done := _made_before(path, key)) is not None:
         return done
     parts = path.with_name(f"{path.name}.{key[:12]}.parts")
@@ -95,6 +86,23 @@ def write_pairs(
     write_text(path.with_suffix(".facts.json"), json.dumps(made, indent=1) + "\n")
     shutil.rmtree(parts)
     return total
+
+
+def pairs_key(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], scorer: Scorer, recipe: Selection, probe: Probe | None = None
+) -> tuple[dict[str, Any], str]:
+    """What is told of pairs, and a hash of all that they follow from."""
+    found = identity(model, tokenizer)
+    facts = {
+        "strategy": type(recipe).__name__,
+        "recipe": asdict(recipe),
+        "scorer": scorer.name,
+        "scorer_digest": scorer.digest,
+        "model_sha256": found.weights,
+        "probe_auc": probe and round(probe.auc, 4),
+    }
+    fitted = probe and [probe.weight.tolist(), probe.bias]
+    return facts, digest([facts, found.key, software(), CHUNK, data_digest(prompts), fitted])
 
 
 def _made_before(path: Path, key: str) -> BuildReport | None:

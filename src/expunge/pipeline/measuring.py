@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from expunge import harness
 from expunge.assembly import evaluation_plan, loading
-from expunge.config import RunConfig, cache_folder
+from expunge.config import EvaluationConfig, RunConfig, cache_folder
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.metrics.s_unlearning import s_rows
-from expunge.models import identity_of, load_model
+from expunge.models import Identity, identity_of, load_model
 from expunge.pipeline.origin import record_of
 from expunge.pipeline.stages import finish, is_done, write_provenance
 from expunge.provenance import data_digest, digest, peak_memory_bytes, software
@@ -81,18 +82,8 @@ def _evaluate(
     revision: str | None,
 ) -> Evaluation:
     """One subject's evaluation, kept under what it follows from: model, loading, text, plan and scorers."""
-    found = identity_of(name, revision)
-    inputs = {
-        **found.loaded(loading(config)),
-        "software": software(),
-        "data": data_digest(data),
-        "plan": plan,
-        "scorers": {scorer.name: scorer.digest for scorer in scorers},
-    }
-    asked = config.evaluation
-    tasks = (asked.harness, asked.questions, asked.shots, asked.seed)
-    if asked.harness:
-        inputs["harness"] = harness.fingerprint(*tasks)
+    asked, found = config.evaluation, identity_of(name, revision)
+    inputs = evaluation_inputs(config, found, data, plan, scorers)
     key, stage = digest(inputs), f"evaluate-{subject}"
     # one folder for each key: measured again of something else, it takes nothing's place
     cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"{stage}-{key[:16]}"
@@ -102,7 +93,7 @@ def _evaluate(
         parts = folder / "stages" / f"{stage}-{key[:16]}.parts"  # of this run: another may measure the same
         measured = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
         if asked.harness:
-            measured.figures += harness.run_harness(model, tokenizer, *tasks, progress=not quiet)
+            measured.figures += harness.run_harness(model, tokenizer, *_tasks(asked), progress=not quiet)
         if not cache.exists():  # another run may have been faster, and be reading it
             measured.save(cache)
         shutil.rmtree(parts, ignore_errors=True)
@@ -122,3 +113,22 @@ def _evaluate(
         }
         finish(folder, f"evaluate-{subject}", key, facts)
     return evaluation
+
+
+def evaluation_inputs(
+    config: RunConfig, found: Identity, data: EvaluationData, plan: EvaluationPlan, scorers: Sequence[Scorer]
+) -> dict[str, Any]:
+    """All that an evaluation follows from, as hashes of content."""
+    return {
+        **found.loaded(loading(config)),
+        "software": software(),
+        "data": data_digest(data),
+        "plan": plan,
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+        "harness": harness.fingerprint(*_tasks(config.evaluation)) if config.evaluation.harness else None,
+    }
+
+
+def _tasks(asked: EvaluationConfig) -> tuple[list[str], int | None, int, int]:
+    """Arguments of the harness."""
+    return asked.harness, asked.questions, asked.shots, asked.seed

@@ -1,20 +1,19 @@
 """Paths in what a run keeps of its settings: so that it is found from another working directory, and after it was moved.
 
-    portable({"model": "m", "data": {"train": "pairs.jsonl"}}, Path("runs/first"))
-    # {"model": "/home/me/m", ...}, and of a model in runs/first/m: {"model": "./m", ...}
+    portable({"model": "m", "data": {"train": "pairs.jsonl"}})          # {"model": "/home/me/m", ...}
+    restored(kept, Path("moved/first"))                                 # what was moved with the run is found beside it
 
-Inside the run's folder a path is relative to it and begins with `./`; any other is absolute. Names of sets, of built-in
-models and of the hub stay as they are.
+Names of sets, of built-in models and of the hub stay as they are.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from expunge.claim import found_again
 from expunge.data.named import NAMED
 from expunge.models import BUILTINS
 
-HERE = "./"
 KEYS = (
     "model", "data", "monitor.prompts", "monitor.corpus", "redteam.validation", "redteam.search", "redteam.neutral",
     "attack", "training.anchor_text", "evaluate", "attacked", "evaluation.scorers",
@@ -24,24 +23,23 @@ PREFIXES = ("hf:", "pair-toxicity:")
 KNOWN = {*BUILTINS, *(entry.name for entry in NAMED)}
 
 
-def portable(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of a run as its folder is to keep them."""
-    home = folder.resolve()
+def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as its folder is to keep them: with absolute paths."""
 
-    def kept(path: Path) -> str:
-        full = path.resolve()
-        return HERE + str(full.relative_to(home)) if full.is_relative_to(home) else str(full)
+    def kept(name: str) -> str:
+        head, path, tail = name_parts(name)
+        there = Path(path).expanduser()
+        return head + str(there.resolve()) + tail if path and name not in KNOWN and there.exists() else name
 
-    return with_names(settings, lambda name: _kept(name, kept))
+    return with_names(settings, kept)
 
 
 def restored(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings that `portable` made, with every path as it is now."""
+    """The settings that the run in `folder` kept, with every path as it is now, also where it was moved with what it names."""
 
     def found(name: str) -> str:
         head, path, tail = name_parts(name)
-        there = path.startswith(HERE) and (folder / path).exists()
-        return head + str((folder / path).resolve()) + tail if there else name
+        return head + found_again(path, folder) + tail
 
     return with_names(settings, found)
 
@@ -49,14 +47,6 @@ def restored(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def with_names(settings: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The settings with every name of a model or of data as `change` gives it."""
     return _changed(dict(settings), "", change)
-
-
-def _kept(name: str, kept: Callable[[Path], str]) -> str:
-    if name in KNOWN:
-        return name
-    head, path, tail = name_parts(name)
-    there = Path(path).expanduser()
-    return head + kept(there) + tail if path and there.exists() else name
 
 
 def name_parts(name: str) -> tuple[str, str, str]:

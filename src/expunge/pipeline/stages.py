@@ -9,12 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from expunge.claim import DATE, claimed
+from expunge.claim import BEGAN, began, begin, claimed
 from expunge.config import RunConfig
 from expunge.data import clock
 from expunge.errors import ExpungeError
 from expunge.pipeline.origin import read_record
-from expunge.pipeline.paths import portable
+from expunge.pipeline.paths import portable, restored
 from expunge.provenance import environment
 from expunge.scorers import Scorer
 from expunge.whole import write_text
@@ -49,33 +49,34 @@ def claim(folder: Path, config: RunConfig, **more: Any) -> Iterator[None]:
 
     more: what tells other commands' folders apart.
     """
-    settings = portable(dataclasses.asdict(config) | more, folder)
-    with dated(folder), claimed(folder, settings, MEASURED) if is_main_process() else contextlib.nullcontext():
+    settings = portable(dataclasses.asdict(config) | more)
+    held = claimed(folder, settings, MEASURED, lambda there: restored(there, folder))
+    with dated(folder), held if is_main_process() else contextlib.nullcontext():
         if is_main_process():
             keep_date(folder)
         yield
 
 
 def keep_date(folder: Path) -> None:
-    """Leave in `folder` the date that templates are told, where there is none yet."""
-    if not (folder / DATE).exists():
-        write_text(folder / DATE, clock.today().isoformat() + "\n")
+    """Leave in `folder` the date that templates are told, where there is none yet, and where it lies."""
+    begin(folder, clock.today().isoformat())
 
 
 @contextlib.contextmanager
 def dated(folder: Path, like: Path | None = None) -> Iterator[None]:
     """In the block chat templates are told the date on which the work in `folder` began, or, where it begins now, that of
     the run `like`, or that of the sweep that it is part of, or today's."""
-    with clock.told(_date_of(folder) or (like and _date_of(like)) or clock.today()):
+    days = [_day_of(place) for place in (folder, like) if place]
+    with clock.told(next(filter(None, days), clock.today())):
         yield
 
 
-def _date_of(folder: Path) -> date | None:
-    path = folder / DATE
+def _day_of(folder: Path) -> date | None:
+    day = began(folder).get("day")
     try:
-        return date.fromisoformat(path.read_text(encoding="utf-8").strip()) if path.is_file() else None
-    except (ValueError, UnicodeDecodeError):
-        raise ExpungeError(f"{path}: not a date such as 2026-12-01, as the run left it: remove it for today's") from None
+        return date.fromisoformat(day) if day else None
+    except ValueError:
+        raise ExpungeError(f"{folder / BEGAN}: {day!r} is no day such as 2026-12-01: remove the file for today's") from None
 
 
 def is_done(folder: Path, stage: str, key: str) -> bool:
