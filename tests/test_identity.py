@@ -20,7 +20,7 @@ from expunge.data import Pair, load_pairs
 from expunge.data.builders import BestOfN
 from expunge.data.pair_files import pairs_key
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
-from expunge.models import identity, identity_of, load_model
+from expunge.models import identity_of, load_model, loaded_identity
 from expunge.models.identity import PARTS
 from expunge.pipeline.measuring import evaluation_inputs
 from expunge.pipeline.origin import inputs_of
@@ -135,19 +135,19 @@ def test_a_replaced_file_of_the_same_size_and_time_is_read_again(home):
 
 def test_in_memory_it_follows_from_each_part_too(home):
     model, tokenizer = load_model(home / "model")
-    before = identity(model, tokenizer)
-    assert identity(*load_model(home / "model")) == before
+    before = loaded_identity(model, tokenizer)
+    assert loaded_identity(*load_model(home / "model")) == before
     tokenizer("A river", truncation=True, max_length=3)  # sets the backend, not the tokenizer
-    assert identity(model, tokenizer) == before
+    assert loaded_identity(model, tokenizer) == before
     model.generation_config.eos_token_id = [0, 3]
     tokenizer.chat_template += " "
     model.config.activation_function = "relu"
     model.transformer.ln_f.bias.data[0] += 1
-    assert identity(model, tokenizer).changed(before.parts) == ["weights", "config", "generation", "tokenizer"]
+    assert loaded_identity(model, tokenizer).changed(before.parts) == ["weights", "config", "generation", "tokenizer"]
     adapted = add_lora(load_model(home / "model")[0], r=2, lora_alpha=4, target_modules=["c_proj"])
-    first = identity(adapted)
+    first = loaded_identity(adapted)
     adapted.peft_config["default"].lora_alpha = 8
-    assert identity(adapted).changed(first.parts) == ["adapter"]
+    assert loaded_identity(adapted).changed(first.parts) == ["adapter"]
 
 
 class Judge(Scorer):
@@ -155,6 +155,9 @@ class Judge(Scorer):
 
     def __init__(self, digest: str):
         self.digest = digest
+
+    def score(self, texts):
+        raise NotImplementedError
 
 
 KEYS = ("evaluation", "training", "case", "states", "pairs", "cell")
@@ -182,7 +185,7 @@ def keys_of(home: Path, model: str, scorer: str, prompts: list[str], dtype: str)
     subject = Subject("reference", loaded, how, shared=True)
     bench = Bench(home, None, AttackData(tokenizer), Budget(), data, plan, [judge], True)
     attack = ATTACKS.get("prune")()
-    StoredStates.of(loaded, [[1, 2, 3]], ("final",), identity(loaded).weights)
+    StoredStates.of(loaded, [[1, 2, 3]], ("final",), loaded_identity(loaded).weights)
     newest = max((home / "cache/states").iterdir(), key=lambda path: path.stat().st_ctime_ns)
     return {
         "evaluation": digest(evaluation_inputs(config, found, data, plan, [judge])),

@@ -80,7 +80,7 @@ def begin(folder: Path, day: str) -> None:
 
 def found_again(path: str, folder: Path) -> str:
     """`path`, or, where it is gone and `folder` was moved since its work began, what lies there as seen from `folder`."""
-    if not os.path.isabs(path) or Path(path).exists() or not (was := began(folder).get("folder")):
+    if not Path(path).is_absolute() or Path(path).exists() or not (was := began(folder).get("folder")):
         return path
     moved = (folder.resolve() / os.path.relpath(path, was)).resolve()
     return str(moved) if moved.exists() else path

@@ -6,7 +6,7 @@ chat_pair(row, "pairs.jsonl:1", tokenizer)       # row["prompt"] = [{"role": "us
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.data.clock import strftime_now
+from expunge.data.clock import templates_told
 from expunge.data.tokenize import leading_tokens
 from expunge.errors import ExpungeError
 
@@ -72,7 +72,8 @@ def _render(turns: Sequence[Message], where: str, tokenizer: Any, **options: boo
     if not tokenizer.chat_template:
         raise ExpungeError(f"{where}: a conversation, but the model's tokenizer has no chat template; give text instead")
     try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, strftime_now=strftime_now, **options)
+        with templates_told():
+            text = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
     except Exception as error:  # jinja's own, and whatever a template raises
         reason = str(error).strip().split("\n")[0]
         raise ExpungeError(f"{where}: the model's chat template refuses the conversation ({reason})") from None

@@ -29,6 +29,24 @@ def today() -> date:
     return _told.get() or date.today()
 
 
-def strftime_now(form: str) -> str:
-    """In place of the function of this name that transformers gives to templates."""
-    return datetime.combine(today(), time()).strftime(form)
+class _Told(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.combine(today(), time(), tz)
+
+
+@contextlib.contextmanager
+def templates_told() -> Iterator[None]:
+    """In the block the function `strftime_now`, which transformers gives to templates, tells the date of `today`.
+
+    transformers makes text of whatever else a template is given, so that a function cannot be passed; its own asks the
+    `datetime` of its module.
+    """
+    from transformers.utils import chat_template_utils
+
+    before = chat_template_utils.datetime
+    chat_template_utils.datetime = _Told  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before  # type: ignore[misc]

@@ -23,7 +23,7 @@ from expunge.data.pairs import Pair
 from expunge.data.selection import Selection
 from expunge.data.tokenize import encode, tokenize_labelled, tokenize_pairs
 from expunge.errors import ExpungeError
-from expunge.models import context_length, identity
+from expunge.models import context_length, loaded_identity
 from expunge.probes import Probe, fit_probe, pooled_states
 from expunge.provenance import data_digest, digest, software
 from expunge.rows import read_lines, write_lines
@@ -92,7 +92,7 @@ def pairs_key(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], scorer: Scorer, recipe: Selection, probe: Probe | None = None
 ) -> tuple[dict[str, Any], str]:
     """What is told of pairs, and a hash of all that they follow from."""
-    found = identity(model, tokenizer)
+    found = loaded_identity(model, tokenizer)
     facts = {
         "strategy": type(recipe).__name__,
         "recipe": asdict(recipe),

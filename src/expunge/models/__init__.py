@@ -17,7 +17,7 @@ from expunge.models.forward import (
     inner_model,
     width,
 )
-from expunge.models.identity import Identity, facts_digest, identity, identity_of, tokenizer_digest, weights_digest
+from expunge.models.identity import Identity, facts_digest, identity_of, loaded_identity, tokenizer_digest, weights_digest
 from expunge.models.loading import (
     BUILTIN,
     BUILTINS,
@@ -55,7 +55,6 @@ __all__ = [
     "head_logits",
     "head_scaling",
     "hidden_states",
-    "identity",
     "identity_of",
     "in_batches",
     "inner_model",
@@ -63,6 +62,7 @@ __all__ = [
     "is_local",
     "load_model",
     "load_outline",
+    "loaded_identity",
     "loading_options",
     "only_training",
     "original",

@@ -120,7 +120,7 @@ def identity_of(name: str | Path, revision: str | None = None) -> Identity:
         )
 
 
-def identity(model: nn.Module, tokenizer: Any = None, skip: Container[str] = ()) -> Identity:
+def loaded_identity(model: nn.Module, tokenizer: Any = None, skip: Container[str] = ()) -> Identity:
     """Of a model in memory, as it is now; skip: names of weights that are no part of it.
 
     Its values are other ones than those of `identity_of`: what is loaded is not byte for byte what lies in the files.

@@ -35,7 +35,7 @@ def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings that the run in `folder` kept, with every path as it is now, also where it was moved with what it names."""
+    """The settings that the run in `folder` kept, every path as it is now: it may have been moved with what it names."""
 
     def found(name: str) -> str:
         head, path, tail = name_parts(name)

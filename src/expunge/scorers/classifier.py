@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from expunge.errors import ExpungeError
-from expunge.models import identity, in_batches, reading
+from expunge.models import in_batches, loaded_identity, reading
 from expunge.scorers.base import Scorer
 
 BATCH_TOKENS = 8192
@@ -51,7 +51,7 @@ class ClassifierScorer(Scorer):
         named = model.config.id2label[self.label]
         self.name = f"hf:{source}@{named}"
         facts = {
-            **identity(model, self.tokenizer).parts,
+            **loaded_identity(model, self.tokenizer).parts,
             "label": self.label,
             "longest": self.longest,
         }
