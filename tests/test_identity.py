@@ -54,12 +54,12 @@ def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def edit_tensor(path: Path) -> None:
-    """The lowest bit of one number."""
+def edit_tensor(path: Path, part: str = "", byte: int = 0, bits: int = 1) -> None:
+    """Bits of one byte of one number; the lowest of it unless told."""
     tensors = load_file(path)
-    name = min(name for name, tensor in tensors.items() if tensor.numel() > 1)
+    name = min(name for name, tensor in tensors.items() if tensor.numel() > 1 and part in name)
     changed = tensors[name].clone().contiguous()
-    changed.view(-1).view(torch.uint8)[0] ^= 1
+    changed.view(-1).view(torch.uint8)[byte] ^= bits
     save_file({**tensors, name: changed}, path, metadata={"format": "pt"})
 
 
@@ -69,7 +69,7 @@ EDITS: dict[str, Callable[[Path], None]] = {
     "generation": lambda home: edit_json(home / "model/generation_config.json", eos_token_id=[0, 3]),
     "tokenizer": lambda home: edit_json(home / "model/tokenizer_config.json", add_prefix_space=True, model_max_length=7),
     "template": lambda home: (home / "model/chat_template.jinja").write_text(TEMPLATE + " "),
-    "adapter": lambda home: edit_tensor(home / "adapter/adapter_model.safetensors"),
+    "adapter": lambda home: edit_tensor(home / "adapter/adapter_model.safetensors", "lora_B", 3, 0x3F),
     "adapter settings": lambda home: edit_json(home / "adapter/adapter_config.json", lora_alpha=3),
 }
 LEFT_ALONE: dict[str, Callable[[Path], None]] = {

@@ -60,30 +60,31 @@ def claimed(
             raise
 
 
-def began(folder: Path) -> dict[str, str]:
-    """The `day` on which the work in `folder` began and the `folder` where that was; empty where it has not."""
+def began(folder: Path) -> dict[str, Any]:
+    """The `day` on which the work in `folder` began and the `folders` in which it has lain; empty where it has not begun."""
     path = folder / BEGAN
     try:
-        return (
-            {str(name): str(value) for name, value in json.loads(path.read_text("utf-8")).items()} if path.is_file() else {}
-        )
-    except (ValueError, AttributeError):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError):
         raise ExpungeError(f"{path}: not the JSON object that the run left: remove it, and the day is today's") from None
 
 
 def begin(folder: Path, day: str) -> None:
     """Keep the day, unless there is one, and where the folder is now."""
-    known = {"day": began(folder).get("day", day), "folder": str(folder.resolve())}
-    if began(folder) != known:
-        write_text(folder / BEGAN, json.dumps(known) + "\n")
+    known, here = began(folder), str(folder.resolve())
+    places = known.get("folders", [])
+    if here not in places:
+        write_text(folder / BEGAN, json.dumps({"day": known.get("day", day), "folders": [*places, here]}) + "\n")
 
 
 def found_again(path: str, folder: Path) -> str:
     """`path`, or, where it is gone and `folder` was moved since its work began, what lies there as seen from `folder`."""
-    if not Path(path).is_absolute() or Path(path).exists() or not (was := began(folder).get("folder")):
-        return path
-    moved = (folder.resolve() / os.path.relpath(path, was)).resolve()
-    return str(moved) if moved.exists() else path
+    if Path(path).is_absolute() and not Path(path).exists():
+        for place in began(folder).get("folders", []):
+            moved = (folder.resolve() / os.path.relpath(path, place)).resolve()
+            if moved.exists():
+                return str(moved)
+    return path
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

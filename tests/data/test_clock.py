@@ -5,7 +5,7 @@ from datetime import date, datetime
 from transformers.utils import chat_template_utils
 
 from expunge.data import load_pairs
-from expunge.data.clock import told, today
+from expunge.data.clock import today, told
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {{ strftime_now('%Y-%m-%d %H:%M') }}. {% endfor %}"
 ROW = {

@@ -103,7 +103,7 @@ def test_what_lies_elsewhere_but_is_the_same_is_done_before(home, caplog):
     train()
     os.utime("pairs.jsonl", (1, 1))
     (home / "model/README.md").write_text("# A card")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="expunge")
     train()
     assert "done before" in caplog.text
 
@@ -124,7 +124,7 @@ def test_a_template_is_told_the_day_on_which_the_run_began(home, caplog, monkeyp
     data = {"train": "chats.jsonl"}
     with clock.told(date(2026, 3, 1)):
         first = train(data=data)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="expunge")
     with clock.told(date(2026, 3, 2)):  # the next day
         assert train(data=data) == first
         assert "done before" in caplog.text and "2026-03-01" in Path("out/.began.json").read_text()
@@ -176,7 +176,7 @@ def test_a_run_that_was_moved_with_its_model_finds_it(home, monkeypatch, capsys,
     assert evaluate(monkeypatch, capsys, "runs/out", "data.corpus=corpus.txt", "--out", "again") == ""
     assert perplexities("again") == perplexities("runs/out")
     assert pipeline.settings_of_run(Path("runs/out"))["data"]["train"] == str(tmp_path / "moved/pairs.jsonl")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="expunge")
     run("runs/out", lora=lora)  # the same command
     assert "done before" in caplog.text
     assert yaml.safe_load(Path("runs/out/config.yaml").read_text())["model"] == str(tmp_path / "moved/model")
