@@ -70,9 +70,9 @@ def is_made(folder: Path, inputs: Mapping[str, Any]) -> bool:
     Raises ExpungeError where it is, but was made from something else, or is not what training left there.
     """
     path = folder / "stages" / "train.json"
-    if not path.exists() or not (folder / "model").is_dir():
+    record = read_record(path) if path.exists() else {}
+    if not record or not (folder / "model").is_dir():
         return False
-    record = read_record(path)
     _compare(folder, record, inputs, "choose another --out, or bring back what was there")
     return True
 
