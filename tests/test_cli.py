@@ -107,19 +107,23 @@ def test_the_same_command_again_changes_nothing(home, tmp_path, capsys):
     assert before == ((out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns)
 
 
-def test_pairs_that_changed_are_trained_on_anew(home, tmp_path):
-    """Neither is the training done before, nor do its checkpoints count."""
+def test_a_model_of_pairs_that_changed_is_not_trained_over(home, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     shutil.copy(home / "pairs.jsonl", pairs)
 
-    def train(out: str) -> bytes:
+    def train(out: str) -> int:
         small = ["--quiet", "training.max_steps=2", "training.per_device_train_batch_size=2", "training.warmup_steps=0"]
-        assert call("train", "--model", home / "model", "--pairs", pairs, "--out", tmp_path / out, *small) == 0
-        return (tmp_path / out / "model" / "model.safetensors").read_bytes()
+        return call("train", "--model", home / "model", "--pairs", pairs, "--out", tmp_path / out, *small)
 
-    first = train("out")
+    assert train("out") == 0
+    first = (tmp_path / "out/model/model.safetensors").read_bytes()
     pairs.write_text(pairs.read_text().replace("calm", "kind"))
-    assert train("out") == train("other") != first
+    capsys.readouterr()
+    assert train("out") == 2
+    assert "made before this changed: the data that is trained on; choose another --out" in one_line(capsys)
+    assert (tmp_path / "out/model/model.safetensors").read_bytes() == first
+    assert train("other") == 0
+    assert (tmp_path / "other/model/model.safetensors").read_bytes() != first
 
 
 def test_a_run_s_folder_is_not_an_evaluation_s(home, tmp_path, capsys):

@@ -22,7 +22,7 @@ from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import Evaluation
-from expunge.models import load_model, sharing_copy, weights_digest
+from expunge.models import identity_of, load_model, sharing_copy, weights_digest
 from expunge.redteam import cases
 from expunge.rows import read_rows
 from expunge.scorers import load_scorer
@@ -54,7 +54,8 @@ def home(tmp_path, monkeypatch, tiny_model, tokenizer):
     for name, copy in (("prompts", "copy"), ("held", "heldcopy")):
         (tmp_path / f"{copy}.jsonl").write_text((tmp_path / f"{name}.jsonl").read_text())
     (tmp_path / "neutral.txt").write_text("A cold wind came over the hill before the rain. " * 20)
-    (tmp_path / "corpus.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
+    for name in ("corpus", "corpuscopy"):
+        (tmp_path / f"{name}.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
 
     @attack("scale")
     class Scale(Attack):
@@ -353,6 +354,7 @@ def test_an_adapter_is_merged_before_it_is_attacked(tiny_model):
         ({"team": {"search": "prompts.jsonl"}}, r"redteam\.search=prompts\.jsonl: it is reported too"),
         ({"team": {"search": "./prompts.jsonl"}}, r"redteam\.search=\./prompts\.jsonl: it is reported too"),
         ({"team": {"neutral": "corpus.txt"}}, r"redteam\.neutral=corpus\.txt: it is reported too"),
+        ({"team": {"neutral": "corpuscopy.txt"}}, r"redteam\.neutral=corpuscopy\.txt: it is reported too, all of it"),
         ({"team": {"validation": "held.jsonl"}}, r"redteam\.validation=held\.jsonl: it is reported too"),
         ({"team": {"search": "copy.jsonl"}}, r"redteam\.search=copy\.jsonl: it is reported too, all of it"),
         ({"team": {"validation": "heldcopy.jsonl"}}, r"redteam\.validation=heldcopy\.jsonl: it is reported too, all of it"),
@@ -488,7 +490,9 @@ def test_the_command_leaves_what_the_page_says(home, monkeypatch, capsys):
     rows = read_rows(home / "cli" / "results.jsonl")
     assert {"mean", "worst"} <= {row.over for row in rows}
     kept = yaml.safe_load((home / "cli" / "config.yaml").read_text())
-    assert kept["attack"] == {"scale": {"seed": 0, "by": [1.0, 2.0]}} and kept["attacked"]["reference"] == "before"
+    assert kept["attack"] == {"scale": {"seed": 0, "by": [1.0, 2.0]}} and kept["attacked"]["reference"] == str(
+        home / "before"
+    )
     left = ("attacks.md", "attacks.csv", "attacks.tex", "attacks.jsonl", "attacks", "provenance.json")
     assert all((home / "cli" / name).exists() for name in left)
 
@@ -497,7 +501,7 @@ def test_provenance_has_what_was_attacked_and_how_long_it_took(home, monkeypatch
     assert not command(home, monkeypatch, "--pairs", "pairs.jsonl")
     found = json.loads((home / "cli" / "provenance.json").read_text())
     stage = found["stages"]["attack"]
-    before, after = (weights_digest(load_model(folder)[0]) for folder in ("before", "after"))
+    before, after = (identity_of(folder).weights for folder in ("before", "after"))
     assert stage["weights_sha256"] == {"reference": before, "unlearned": after}
     assert len(stage["data_sha256"]["measured"]) == len(stage["data_sha256"]["had"]) == 64
     assert found["seconds"] == stage["seconds"] > 0 and found["peak_memory_bytes"] > 0

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "config": {"errors", "registry", "lines", "paths"},
     "provenance": LEAVES,
     "losses": set(),
-    "adapters": LEAVES,
+    "adapters": LEAVES | {"claim"},
     "steering": LEAVES,
     "models": LEAVES | {"adapters", "steering"},
     "states": LEAVES | {"models"},

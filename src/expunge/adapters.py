@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from expunge.claim import found_again
 from expunge.config import convert
 from expunge.errors import ExpungeError
 from expunge.registry import did_you_mean
@@ -30,6 +31,7 @@ PASSED = (
     "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 """Of peft.LoraConfig, what leaves the model under the adapter as it was."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STARTS = (True, "gaussian", "orthogonal")
 """Of `init_lora_weights`, what begins with the model's own output; pissa and its like change the weights beneath."""
 
@@ -101,7 +103,8 @@ class Adapter:
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ExpungeError(f"{source}: an adapter whose adapter_config.json names no base_model_name_or_path")
-        if (Path(base) / "adapter_config.json").is_file():
+        base = found_again(base, Path(source).parent)  # that of a run which was moved with its model
+        if (Path(base) / ADAPTER_CONFIG).is_file():
             raise ExpungeError(f"{source}: the base of this adapter, {base}, is an adapter itself; merge that one first")
         return cls(source, revision, base, settings.get("revision"))
 
@@ -118,7 +121,7 @@ class Adapter:
         """
         from peft import PeftModel
 
-        if not self.has("adapter_model.safetensors"):
+        if not self.has(ADAPTER_WEIGHTS):
             raise ExpungeError(f"{self.source}: an adapter without adapter_model.safetensors; save it as safetensors")
         embedding: Any = base.get_input_embeddings()
         if tokens > embedding.weight.shape[0]:

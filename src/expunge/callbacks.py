@@ -8,16 +8,16 @@ with stop:
 
 import json
 import logging
-import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-MARK = "inputs.sha256"
+MARK = "inputs.json"
 
 log = logging.getLogger("expunge")
 
@@ -84,21 +84,22 @@ class EachStep(TrainerCallback):
 
 
 class Mark(TrainerCallback):
-    """Leaves, beside checkpoints, the hash of what they come from: model, data, method and settings."""
+    """Leaves, beside checkpoints, hashes of what they come from: model, data, method and settings."""
 
-    def __init__(self, folder: Path, key: str):
-        self.path, self.key = folder / MARK, key
+    def __init__(self, folder: Path, inputs: Mapping[str, Any]):
+        self.path, self.inputs = folder / MARK, inputs
 
     def on_save(self, args, state, control, **_):
         if state.is_world_process_zero:
-            self.path.write_text(self.key, encoding="utf-8")
+            self.path.write_text(json.dumps(self.inputs), encoding="utf-8")
 
-
-def forget_others(folder: Path, key: str) -> None:
-    """Remove checkpoints that do not come from what `key` is the hash of, such as those of pairs that have changed since."""
-    if any(folder.glob("checkpoint-*")) and not ((folder / MARK).is_file() and (folder / MARK).read_text("utf-8") == key):
-        log.info("%s: of other data or settings, removed", folder)
-        shutil.rmtree(folder, ignore_errors=True)
+    @staticmethod
+    def read(folder: Path) -> dict[str, Any]:
+        """What the checkpoints in `folder` come from; empty where that is not known."""
+        try:
+            return dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

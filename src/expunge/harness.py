@@ -26,7 +26,7 @@ from expunge.errors import ExpungeError
 from expunge.ids import encode, leading_tokens
 from expunge.metrics.figures import Figure, Key
 from expunge.models import context_length, evaluating
-from expunge.provenance import digest, digest_all
+from expunge.provenance import data_digest, digest
 
 TASKS = Path(__file__).parent / "tasks"
 OURS = {
@@ -169,10 +169,13 @@ def harness_version() -> str:
 
 
 def fingerprint(tasks: Sequence[str], limit: int | None, shots: int, seed: int) -> str:
-    """Of what decides the figures beside the model: the harness, its arguments, and the questions of our tasks."""
+    """Of what decides the figures beside the model: the harness, its arguments, and the questions of our tasks.
+
+    Questions of the harness's own tasks are hub sets: they stand by name, with the version of the harness.
+    """
     sets = [name for task in tasks for name in OURS.get(task, ())]
     questions = [load_questions(name, limit, seed, shots) for name in sets]
-    return digest([harness_version(), list(tasks), limit, shots, seed, digest_all(questions)])
+    return digest([harness_version(), list(tasks), limit, shots, seed, data_digest(questions)])
 
 
 @contextlib.contextmanager

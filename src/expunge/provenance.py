@@ -7,8 +7,9 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,62 @@ _earlier_peak = 0  # that was forgotten since
 
 
 def digest(thing: Any) -> str:
-    """Hex sha256 of anything made of dataclasses, mappings, sequences and scalars."""
-    return hashlib.sha256(json.dumps(thing, sort_keys=True, default=_plain).encode()).hexdigest()
+    """Hex sha256 of anything made of dataclasses, mappings, sequences and scalars. Raises TypeError for anything else."""
+    return hashlib.sha256(_canonical(thing)).hexdigest()
 
 
-def digest_all(things: Iterable[Any]) -> str:
-    """Hex sha256 of many things in order, without holding their text at once."""
+def data_digest(data: Any) -> str:
+    """Hex sha256 of data: the rows themselves, in order, and the names that figures on them bear.
+
+    data: rows (dataclasses, or tuples of scalars), a text, or a dataclass of these, such as Unpaired or EvaluationData.
+    Where they were read from is not in it. Their text is not held twice.
+    """
     total = hashlib.sha256()
-    for thing in things:
-        total.update(json.dumps(thing, sort_keys=True, default=_plain).encode() + b"\n")
+    for part in _parts(data):
+        total.update(_canonical(part) + b"\n")
     return total.hexdigest()
+
+
+def _parts(data: Any) -> Iterator[Any]:
+    """Rows one by one, and between them what tells a list from what stands beside it."""
+    if is_dataclass(data) and not isinstance(data, type) and any(_is_many(value) for value in vars(data).values()):
+        for name, value in vars(data).items():
+            yield {"field": name}
+            yield from _parts(value)
+    elif isinstance(data, Mapping):
+        for name, value in data.items():
+            yield {"name": name}
+            yield from _parts(value)
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        yield {"rows": len(data)}
+        yield from data
+    else:
+        yield data
+
+
+def _is_many(thing: Any) -> bool:
+    return isinstance(thing, (Mapping, Sequence)) and not isinstance(thing, str)
+
+
+def software() -> dict[str, str]:
+    """What turns a model and data into figures, for keys of what is kept for good: ours, and the models' code."""
+    return {name: version(name) for name in ("expunge", "transformers")}
+
+
+def _canonical(thing: Any) -> bytes:
+    return json.dumps(thing, sort_keys=True, default=_plain).encode()
 
 
 def _plain(thing: Any) -> Any:
     if is_dataclass(thing) and not isinstance(thing, type):
         return asdict(thing)
-    return str(thing)
+    if isinstance(thing, (Path, Enum)):
+        return str(thing)
+    if isinstance(thing, (set, frozenset)):
+        return sorted(thing)
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    raise TypeError(f"{type(thing).__name__} has no lasting form, so no hash")
 
 
 def environment() -> dict[str, Any]:

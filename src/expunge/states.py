@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from expunge.config import cache_folder
 from expunge.errors import ExpungeError
-from expunge.models import Layer, hidden_states, inner_model, width
+from expunge.models import Layer, facts_digest, hidden_states, inner_model, width
 
 TOKENS = 4096  # in one forward
 UNFINISHED = ".new-"
@@ -52,12 +52,10 @@ class StoredStates:
         distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
         inner = inner_model(model)
         device = inner.device.type
-        settings = inner.config.to_dict()  # with the version of transformers
-        settings.pop("_name_or_path", None)
         facts = {
             "weights": weights,
             "model": f"{type(inner).__name__} {inner.config._attn_implementation} on {device}",
-            "settings": settings,
+            "settings": facts_digest(inner.config.to_dict()),
             "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
             "layers": list(layers),
             "version": transformers.__version__,

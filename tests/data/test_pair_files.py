@@ -53,6 +53,19 @@ def test_chunks_go_on_where_they_were_cut_off(model, tokenizer, tmp_path, monkey
     assert path.read_bytes() == wanted and made == [PROMPTS[:2], PROMPTS[2:4]]
 
 
+def test_pairs_that_are_there_are_not_written_over(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    made = write_pairs(path, model, tokenizer, PROMPTS, EvenScorer(), RECIPE)
+    left = path.read_bytes()
+    with pytest.raises(ExpungeError, match="is there, and was not made by this call from this model and these prompts"):
+        write_pairs(path, model, tokenizer, PROMPTS[:3], EvenScorer(), RECIPE)
+    monkeypatch.setattr(pair_files, "build_pairs", None)  # the same call makes nothing anew
+    assert write_pairs(path, model, tokenizer, PROMPTS, EvenScorer(), RECIPE) == made and path.read_bytes() == left
+    path.write_bytes(left + left.splitlines(keepends=True)[0])
+    with pytest.raises(ExpungeError, match="was changed since its pairs were made"):
+        write_pairs(path, model, tokenizer, PROMPTS, EvenScorer(), RECIPE)
+
+
 def test_no_pair_at_all_is_an_error_and_no_file(model, tokenizer, tmp_path):
     class Mild(EvenScorer):
         def score(self, texts):

@@ -176,6 +176,8 @@ class Attack:
     family: ClassVar[str] = "weights"  # weights | activations | prompt | decoding
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    models: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a model, which a case follows from."""
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {}
     """Values of fields by budget; every combination of them is a case, and of `seed` each is a draw."""
     seed: int

@@ -43,6 +43,7 @@ class GCG(Attack):
     family: ClassVar[str] = "prompt"
     paper: ClassVar[str] = "Universal and Transferable Adversarial Attacks on Aligned Language Models, Zou et al. 2023"
     needs: ClassVar[tuple[str, ...]] = ("reference", "prompts", "score")
+    models: ClassVar[tuple[str, ...]] = ("draft",)
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {
         "small": {"steps": [100], "width": [64]},
         "paper": {"steps": [250], "width": [512]},

@@ -51,8 +51,6 @@ def attack(
     """Attack an unlearned model and its reference, and say what comes back."""
     import json
 
-    import yaml
-
     from expunge import assembly, pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
     from expunge.redteam import red_team
@@ -62,11 +60,10 @@ def attack(
     pipeline.check_one_process("attacks run in one process: start `expunge attack` itself, without a launcher")
     if budget is not None and budget not in ATTACK_BUDGETS:
         raise ExpungeError(f"unknown budget {budget!r}{did_you_mean(budget, ATTACK_BUDGETS)}")
-    origin = pipeline.origin_of(Path(model))
+    origin = pipeline.origin_of(Path(model), reference)
     base: dict[str, Any] = {"method": {}, "data": {"train": None}}  # of another model nobody knows what it was to forget
     if origin:  # what the run was trained on
-        base = yaml.safe_load((Path(model) / "config.yaml").read_text(encoding="utf-8"))
-        base = {key: value for key, value in base.items() if key in RunConfig.__dataclass_fields__}
+        base = pipeline.settings_of_run(Path(model))
     if budget is None:
         said = load_config(RunConfig, config or [], overrides or [], base=base).redteam
         budget = said.budget if said else "small"
@@ -83,7 +80,8 @@ def attack(
     known = reference or origin.get("model")
     if origin:
         settings.revision = None  # a run's own is the reference's
-    with pipeline.claim(output, settings, attacked={"victim": str(victim), "reference": known}):
+    attacked = {"victim": str(victim), "reference": known}
+    with pipeline.dated(output, like=Path(model)), pipeline.claim(output, settings, attacked=attacked):
         rows = red_team(settings, output, victim, known, quiet, revision)
     table = headline_lines(attacks_table(rows, settings.redteam.utility_bound))  # type: ignore[union-attr]
     if as_json:

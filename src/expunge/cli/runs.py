@@ -152,18 +152,19 @@ def evaluate(
     hush()
     if not pipeline.is_main_process():
         return
-    origin = pipeline.origin_of(Path(model))
+    origin = pipeline.origin_of(Path(model), reference)
     name = str(Path(model) / "model") if origin else model
     told = [*(overrides or []), *([f"data.prompts={json.dumps(prompts)}"] if prompts else [])]
     settings = read_settings(told, config, name, None, None, budget, origin.get("loading", {}) | loading)
     settings.method = origin.get("method", {})
     revision = settings.revision if origin and not reference else None  # another reference has its own
     reference = reference or origin.get("model")
-    data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
-    scorers = [load_scorer(name) for name in settings.evaluation.scorers]
-    with pipeline.claim(output, settings, evaluate={"reference": reference}):
-        pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
-        write_report(output)
+    with pipeline.dated(output, like=Path(model)):
+        data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
+        scorers = [load_scorer(name) for name in settings.evaluation.scorers]
+        with pipeline.claim(output, settings, evaluate={"reference": reference}):
+            pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
+            write_report(output)
     _print_headline(output, as_json)
 
 

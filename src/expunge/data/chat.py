@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from expunge.data.clock import templates_told
 from expunge.errors import ExpungeError
 from expunge.ids import common_length, encode
 
@@ -177,7 +178,8 @@ class Template:
                 _warn(f"the model's chat template does not read {name!r}: what rows have under it is left out")
 
         def apply(messages: Sequence[Message]) -> str:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.given, **options)
+            with templates_told():
+                return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.given, **options)
 
         try:
             if all(turn.get("content") is not None for turn in turns):

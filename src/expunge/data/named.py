@@ -213,12 +213,6 @@ def _recognised() -> str:
     return "json" if JSON_BEGINS.match(first) else "txt"
 
 
-def local_path(source: str) -> str:
-    """The path that a source may be: of a set whose file is yours (`pair-toxicity:PATH`) what follows its name."""
-    name, colon, path = source.partition(":")
-    return path if colon and name in named_sets("pairs") else source
-
-
 def locate(source: str | Path, *kinds: Kind) -> NamedSet | File | str:
     """What `source` stands for: a named set of one of `kinds`, an existing file, or the name of a hub set.
 

@@ -4,12 +4,13 @@ write_pairs(Path("pairs.jsonl"), model, tokenizer, prompts, load_scorer("wordvec
 for name, value in look_over(load_pairs("pairs.jsonl"), tokenizer, load_scorer("ngram")).items(): ...
 """
 
+import contextlib
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from expunge.data.pairs import Pair
 from expunge.data.selection import Selection
 from expunge.data.tokenize import split_pairs, tokenize_labelled, tokenize_pairs
 from expunge.errors import ExpungeError
-from expunge.models import context_length, weights_digest
+from expunge.models import context_length, loaded_identity
 from expunge.probes import Probe, fit_probe, pooled_states
-from expunge.provenance import digest
+from expunge.provenance import data_digest, digest, software
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import Scorer
 from expunge.whole import write_text
@@ -48,18 +49,14 @@ def write_pairs(
 ) -> BuildReport:
     """Pairs as JSON lines {prompt, chosen, rejected} in `path`, the recipe and what became of the prompts beside it.
 
-    Chunks of 4,096 prompts are kept in `path`.parts until the file is whole, so that the same call goes on after the last.
-    progress: called with (prompts done, prompts in all). Of the report, scores and greedy sides count pairs that are dropped
-    because another chunk has them. Raises ExpungeError where no prompt gives a pair.
+    Chunks of 4,096 prompts are kept in `path`.KEY.parts until the file is whole, so that the same call goes on after the
+    last; once it is whole the same call only returns its report. progress: called with (prompts done, prompts in all).
+    Scores and greedy sides of the report count pairs that are dropped because another chunk has them. Raises ExpungeError
+    where no prompt gives a pair, and where `path` has something else, such as pairs of another model.
     """
-    facts = {
-        "strategy": type(recipe).__name__,
-        "recipe": asdict(recipe),
-        "scorer": scorer.name,
-        "scorer_digest": scorer.digest,
-    }
-    facts |= {"model_sha256": weights_digest(model), "probe_auc": probe and round(probe.auc, 4)}
-    key = digest([facts, CHUNK, list(prompts), probe and probe.weight.tolist(), probe and probe.bias])
+    facts, key = pairs_key(model, tokenizer, prompts, scorer, recipe, probe)
+    if (done := _made_before(path, key)) is not None:
+        return done
     parts = path.with_name(f"{path.name}.{key[:12]}.parts")
     reports, pairs, seen = [], [], set()
     for start in range(0, len(prompts), CHUNK):
@@ -86,9 +83,42 @@ def write_pairs(
         shutil.rmtree(parts)
         raise ExpungeError(f"no prompt of {len(prompts)} gave a pair ({total.dropped}); lower toxic, or take other prompts")
     write_lines(path, pairs)
-    write_text(path.with_suffix(".facts.json"), json.dumps({**facts, **asdict(total)}, indent=1) + "\n")
+    made = {**facts, **asdict(total), "key": key, "pairs_sha256": data_digest(pairs)}
+    write_text(path.with_suffix(".facts.json"), json.dumps(made, indent=1) + "\n")
     shutil.rmtree(parts)
     return total
+
+
+def pairs_key(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], scorer: Scorer, recipe: Selection, probe: Probe | None = None
+) -> tuple[dict[str, Any], str]:
+    """What is told of pairs, and a hash of all that they follow from."""
+    found = loaded_identity(model, tokenizer)
+    facts = {
+        "strategy": type(recipe).__name__,
+        "recipe": asdict(recipe),
+        "scorer": scorer.name,
+        "scorer_digest": scorer.digest,
+        "model_sha256": found.weights,
+        "probe_auc": probe and round(probe.auc, 4),
+    }
+    fitted = probe and [probe.weight.tolist(), probe.bias]
+    return facts, digest([facts, found.key, software(), CHUNK, data_digest(prompts), fitted])
+
+
+def _made_before(path: Path, key: str) -> BuildReport | None:
+    """The report of the pairs in `path`, which are those of `key`; None where there is no file."""
+    if not path.exists():
+        return None
+    facts: Any = {}
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads(path.with_suffix(".facts.json").read_text(encoding="utf-8"))
+    if facts.get("key") != key:
+        raise ExpungeError(f"{path} is there, and was not made by this call from this model and these prompts: name another")
+    if facts.get("pairs_sha256") != data_digest(read_lines(path)):
+        raise ExpungeError(f"{path} was changed since its pairs were made: name another file, or remove it")
+    log.info("%s: made before", path)
+    return BuildReport(**{field.name: facts[field.name] for field in fields(BuildReport)})
 
 
 def _sum(reports: Sequence[BuildReport], pairs: int) -> BuildReport:

@@ -20,14 +20,15 @@ from expunge.models.forward import (
     width,
 )
 from expunge.models.head import Form, alike, check_copied_head, head_form, head_logits, output_layer, tolerance, vocabulary
+from expunge.models.identity import Identity, facts_digest, identity_of, loaded_identity, tokenizer_digest, weights_digest
 from expunge.models.loading import (
     BUILTIN,
     BUILTINS,
     is_adapter,
+    is_local,
     load_model,
     load_outline,
     loading_options,
-    local_folders,
     reading,
 )
 from expunge.models.reference import (
@@ -37,7 +38,6 @@ from expunge.models.reference import (
     only_training,
     original,
     sharing_copy,
-    weights_digest,
     without_dropout,
 )
 
@@ -46,6 +46,7 @@ __all__ = [
     "BUILTINS",
     "Batching",
     "Form",
+    "Identity",
     "Layer",
     "Reference",
     "alike",
@@ -59,25 +60,29 @@ __all__ = [
     "copies_rows",
     "depth",
     "evaluating",
+    "facts_digest",
     "frozen",
     "head_form",
     "head_logits",
     "hidden_states",
+    "identity_of",
     "in_batches",
     "inner_model",
     "is_adapter",
+    "is_local",
     "keeps_keys",
     "known_of",
     "known_tokens",
     "load_model",
     "load_outline",
+    "loaded_identity",
     "loading_options",
-    "local_folders",
     "only_training",
     "original",
     "output_layer",
     "reading",
     "sharing_copy",
+    "tokenizer_digest",
     "tolerance",
     "vocabulary",
     "weights_digest",

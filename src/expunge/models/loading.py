@@ -1,4 +1,5 @@
-"""Load a causal language model and its tokenizer: by a hub name, from a folder, with its adapter, or the built-in one.
+"""Load a causal language model and its tokenizer: by a hub name, from a folder or a GGUF file, with its adapter, or the
+built-in one. What the user did not set is not passed on, so that the checkpoint's own stands.
 
 model, tokenizer = load_model("builtin")
 """
@@ -25,10 +26,11 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from expunge.adapters import Adapter
+from expunge.adapters import ADAPTER_CONFIG, Adapter
 from expunge.errors import ExpungeError
 from expunge.models.checks import check_model
 from expunge.models.forward import body
+from expunge.models.packed import check_quantization, forget_packing, gguf_file, quantization_of, unpacking
 from expunge.paths import expand
 from expunge.registry import did_you_mean
 from expunge.steering import Steering, is_steered
@@ -55,36 +57,41 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in evaluation mode, on the accelerator if there is one.
 
-    name: "builtin", "builtin:facts" (the same, taught invented facts), a hub name or a folder. A PEFT adapter is loaded onto
-    its base and merged; onto a base in low precision, which merging would round off, it stays an adapter, frozen.
+    name: "builtin", "builtin:facts" (the same, taught invented facts), a hub name, a folder, or a GGUF file, whose weights
+    are unpacked. A PEFT adapter is loaded onto its base and merged; onto a base in low precision, which merging would round
+    off, it stays an adapter, frozen.
     device_map: where transformers puts the parts, which stay there. quantization: 4bit (NF4, double) or 8bit, by
-    bitsandbytes; what is not quantized and the products are in `dtype`.
+    bitsandbytes; what is not quantized and the products are in `dtype`. A checkpoint that is quantized stays so.
     Raises ExpungeError, one line, where there is no such model or no tokenizer, weights are missing or unexpected, the
-    tokenizer gives ids that the model does not know, or it is not a causal model.
+    tokenizer gives ids that the model does not know, this machine cannot run its quantization, or it is not a causal model.
     """
-    source = _source(name)
     options = loading_options(dtype, attn_implementation, quantization, trust_remote_code)
     if quantization and device_map is None and device is not None:
         device_map = {"": device}
-    _, tokenizer = load_outline(name, revision=revision, trust_remote_code=trust_remote_code)
+    config, tokenizer = load_outline(name, revision=revision, trust_remote_code=trust_remote_code)
+    if quantization and (own := quantization_of(config)) not in (None, "bitsandbytes"):
+        raise ExpungeError(f"quantization={quantization}: {name} is quantized already ({own}); leave it out")
     with reading(name, "causal language model", "its weights"):
-        adapter = _adapter(source, revision)
-        base = adapter.base if adapter else source
+        at = place_of(name, revision)
+        if at.gguf:
+            options |= unpacking()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=adapter.base_revision if adapter else revision,
-            device_map=device_map,
+            at.base,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+            **_given(device_map=device_map),
+            **at.options,
             **options,
         )
         model, info = loaded
-        _check_weights(base, info)
+        _check_weights(at.base, info)
+        if at.gguf:
+            forget_packing(model)
         if is_steered(model.config):
-            Steering.at(base, adapter.base_revision if adapter else revision).attach(model)
-        if adapter:
-            model = adapter.onto(model, len(tokenizer))
+            Steering.at(at.base, at.base_revision).attach(model)
+        if at.adapter:
+            model = at.adapter.onto(model, len(tokenizer))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # after an evaluation its gradients would be wrong, in silence:
             module.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50 keeps the layout of a kernel without backward
@@ -107,15 +114,13 @@ def load_outline(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The configuration and the tokenizer of what `load_model` would load, without the weights; errors as there."""
-    source = _source(name)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with reading(name, "causal language model", "its configuration"):
-        adapter = _adapter(source, revision)
-        base, base_revision = (adapter.base, adapter.base_revision) if adapter else (source, revision)
+        at = place_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(base, revision=base_revision, **trust)
+            config = AutoConfig.from_pretrained(at.base, **at.options, **trust)
         except OSError as error:
-            if adapter is None:
+            if at.adapter is None:
                 raise
             reason = str(error).strip().split("\n")[0]
             raise ExpungeError(
@@ -124,13 +129,14 @@ def load_outline(
             ) from None
     if getattr(config, "is_encoder_decoder", False):
         raise ExpungeError(f"{name}: an encoder-decoder model; expunge edits causal language models")
-    if adapter and not adapter.has("tokenizer_config.json"):
-        source, revision = base, base_revision
+    check_quantization(name, config)
+    own = at.adapter is not None and at.adapter.has("tokenizer_config.json")
+    source, options = (at.source, _given(revision=at.revision)) if own else (at.base, at.options)
     with reading(name, "causal language model", "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **trust)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes up where no tokenizer was saved
         raise ExpungeError(f"{name}: there is a model but no tokenizer; save the tokenizer beside it")
-    if adapter is None:
+    if at.adapter is None:
         _check_vocabulary(name, config, tokenizer)
     elif (text := config.get_text_config()).vocab_size < len(
         tokenizer
@@ -142,16 +148,52 @@ def load_outline(
 def is_adapter(name: str | Path, revision: str | None = None) -> bool:
     """Is there a PEFT adapter of this name? ExpungeError where its settings cannot be read."""
     with reading(name, "causal language model", "its adapter_config.json"):
-        return Adapter.at(_source(name), revision) is not None
+        return place_of(name, revision).adapter is not None
 
 
-def local_folders(name: str | Path) -> list[Path]:
-    """What on this machine a model is read from: its folder, and below an adapter its base's. None of a model on the hub."""
+def is_local(name: str | Path) -> bool:
+    """Does a model of this name lie on this machine, outside the cache of the hub?"""
+    if str(name) in BUILTINS or Path(name).suffix.lower() == ".gguf":
+        return True
+    return any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG)) or bool(
+        [*Path(name).glob("*.gguf")]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model lies: `source`, a folder or a hub name; an adapter there, or the name of a GGUF file in it."""
+
+    source: str
+    revision: str | None
+    adapter: Adapter | None = None
+    gguf: str | None = None
+
+    @property
+    def base(self) -> str:
+        """Where the weights are that an adapter lies on, or those of the model itself."""
+        return self.adapter.base if self.adapter else self.source
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.adapter.base_revision if self.adapter else self.revision
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the base."""
+        return _given(revision=self.base_revision, gguf_file=self.gguf)
+
+
+def place_of(name: str | Path, revision: str | None = None) -> Place:
+    """Where the model of this name lies. Raises ExpungeError for a built-in one that there is not, for GGUF without the
+    package that reads it, and for an adapter whose base is not named."""
+    gguf = gguf_file(name)
+    if gguf:
+        return Place(str(gguf.parent), None, None, gguf.name)
     source = _source(name)
-    if not Path(source).is_dir():
-        return []
-    adapter = _adapter(source, None)
-    return [Path(source), *(local_folders(adapter.base) if adapter else [])]
+    adapter = Adapter.at(source, revision)
+    # its base may be a built-in model
+    return Place(source, revision, adapter and dataclasses.replace(adapter, base=_source(adapter.base)))
 
 
 def _source(name: str | Path) -> str:
@@ -164,10 +206,9 @@ def _source(name: str | Path) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
-def _adapter(source: str, revision: str | None) -> Adapter | None:
-    """The adapter at `source`, if there is one; its base may be a built-in model."""
-    adapter = Adapter.at(source, revision)
-    return adapter and dataclasses.replace(adapter, base=_source(adapter.base))
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are set: None would take the place of what the checkpoint says."""
+    return {key: value for key, value in options.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -204,12 +245,12 @@ def loading_options(
         if dtype not in DTYPES:
             raise ExpungeError(f"unknown dtype {dtype!r}{did_you_mean(dtype, ('auto', *DTYPES))}")
         dtype = getattr(torch, dtype)
-    return {
-        "dtype": dtype,
-        "attn_implementation": _attention(attn_implementation, trust_remote_code),
-        "quantization_config": _quantized(quantization, torch.float32 if dtype == "auto" else dtype),
-        "trust_remote_code": trust_remote_code,
-    }
+    return _given(
+        dtype=dtype,
+        attn_implementation=_attention(attn_implementation, trust_remote_code),
+        quantization_config=_quantized(quantization, torch.float32 if dtype == "auto" else dtype),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _check_weights(base: str, info: Mapping[str, Any]) -> None:

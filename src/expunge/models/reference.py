@@ -1,9 +1,8 @@
-"""A model beside another: the frozen reference, copies that share weights, modes that are put back, a hash of weights."""
+"""A model beside another: the frozen reference, copies that share weights, modes that are put back."""
 
 import contextlib
 import copy
-import hashlib
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,14 +122,3 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
     return model
-
-
-def weights_digest(model: nn.Module, skip: Container[str] = ()) -> str:
-    """Hex sha256 of all weights but those named, names included: the model's identity in caches and provenance."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in skip:
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from expunge.config import RunConfig
 from expunge.metrics.evaluation import check_room
 from expunge.models import context_of, known_of
 from expunge.pipeline.measuring import measure
-from expunge.pipeline.stages import claim, is_main_process
+from expunge.pipeline.stages import claim, dated, is_main_process
 from expunge.pipeline.training import train_or_skip
 from expunge.report import write_report
 from expunge.rows import Row
@@ -28,6 +28,11 @@ def run(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
 
     Under `accelerate launch` all processes train; the main one measures, the others return no rows.
     """
+    with dated(folder):
+        return _run(config, folder, quiet)
+
+
+def _run(config: RunConfig, folder: Path, quiet: bool) -> list[Row]:
     config = resolve(config)
     build_method(config.method)  # complain before any work
     args = build_training(config.training, folder, config.seed)

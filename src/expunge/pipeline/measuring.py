@@ -1,23 +1,28 @@
 """The stages that measure the reference and the unlearned model."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from expunge import harness
 from expunge.assembly import evaluation_plan, loading
-from expunge.config import RunConfig, cache_folder
+from expunge.config import EvaluationConfig, RunConfig, cache_folder
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.metrics.figures import rows as figure_rows
 from expunge.metrics.s_unlearning import s_rows
-from expunge.models import load_model, weights_digest
+from expunge.models import Identity, identity_of, load_model
+from expunge.pipeline.origin import record_of
 from expunge.pipeline.stages import finish, is_done, write_provenance
-from expunge.provenance import digest, digest_all, peak_memory_bytes
+from expunge.provenance import data_digest, digest, peak_memory_bytes, software
 from expunge.rows import Row, write_lines, write_rows
 from expunge.scorers import Scorer
+
+log = logging.getLogger("expunge")
 
 
 def measure(
@@ -76,34 +81,29 @@ def _evaluate(
     quiet: bool,
     revision: str | None,
 ) -> Evaluation:
-    """One subject's evaluation, from the cache where the same weights met the same text before."""
-    model, tokenizer = load_model(name, revision=revision, **loading(config))
-    inputs = {
-        "weights": weights_digest(model),
-        "attention": config.attn_implementation,
-        "data": digest_all([data]),
-        "plan": plan,
-        "scorers": {scorer.name: scorer.digest for scorer in scorers},
-    }
-    asked = config.evaluation
-    tasks = (asked.harness, asked.questions, asked.shots, asked.seed)
-    if asked.harness:
-        inputs["harness"] = harness.fingerprint(*tasks)
-    key = digest(inputs)
-    cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"evaluate-{subject}"
-    done, started = is_done(folder, f"evaluate-{subject}", key) and cache.exists(), time.monotonic()
-    if not done and (not cache.exists() or subject != "reference"):
-        parts = folder / "stages" / f"evaluate-{subject}-{key[:16]}.parts"  # of this run: another may measure the same
-        found = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
+    """One subject's evaluation, kept under what it follows from: model, loading, text, plan and scorers."""
+    asked, found = config.evaluation, identity_of(name, revision)
+    inputs = evaluation_inputs(config, found, data, plan, scorers)
+    key, stage = digest(inputs), f"evaluate-{subject}"
+    # one folder for each key: measured again of something else, it takes nothing's place
+    cache = cache_folder("evaluations") / key if subject == "reference" else folder / "stages" / f"{stage}-{key[:16]}"
+    done, started = is_done(folder, stage, key) and cache.exists(), time.monotonic()
+    if not cache.exists():
+        model, tokenizer = load_model(name, revision=revision, **loading(config))
+        parts = folder / "stages" / f"{stage}-{key[:16]}.parts"  # of this run: another may measure the same
+        measured = evaluate_model(model, tokenizer, data, plan, scorers, progress=not quiet, parts=parts)
         if asked.harness:
-            found.figures += harness.run_harness(model, tokenizer, *tasks, progress=not quiet)
-        if subject != "reference" or not cache.exists():  # another run may have been faster, and be reading it
-            found.save(cache)
+            measured.figures += harness.run_harness(model, tokenizer, *_tasks(asked), progress=not quiet)
+        if not cache.exists():  # another run may have been faster, and be reading it
+            measured.save(cache)
         shutil.rmtree(parts, ignore_errors=True)
     evaluation = Evaluation.load(cache)
     if not done:
+        if changed := found.changed(record_of(folder, stage).get("model", found.parts)):
+            log.warning("evaluate: %s %s: %s changed since it was last measured here", subject, name, " and ".join(changed))
         facts = {
-            "weights_sha256": inputs["weights"],
+            "weights_sha256": found.weights,
+            "model": found.parts,
             "data_sha256": inputs["data"],
             "scorers": inputs["scorers"],
             **({"lm_eval": harness.harness_version()} if asked.harness else {}),
@@ -113,3 +113,22 @@ def _evaluate(
         }
         finish(folder, f"evaluate-{subject}", key, facts)
     return evaluation
+
+
+def evaluation_inputs(
+    config: RunConfig, found: Identity, data: EvaluationData, plan: EvaluationPlan, scorers: Sequence[Scorer]
+) -> dict[str, Any]:
+    """All that an evaluation follows from, as hashes of content."""
+    return {
+        **found.loaded(loading(config)),
+        "software": software(),
+        "data": data_digest(data),
+        "plan": plan,
+        "scorers": {scorer.name: scorer.digest for scorer in scorers},
+        "harness": harness.fingerprint(*_tasks(config.evaluation)) if config.evaluation.harness else None,
+    }
+
+
+def _tasks(asked: EvaluationConfig) -> tuple[list[str], int | None, int, int]:
+    """Arguments of the harness."""
+    return asked.harness, asked.questions, asked.shots, asked.seed

@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from expunge.claim import claimed
+from expunge.claim import BEGAN, began, begin, claimed
 from expunge.config import RunConfig
+from expunge.data import clock
 from expunge.errors import ExpungeError
+from expunge.pipeline.origin import read_record
+from expunge.pipeline.paths import portable, restored
 from expunge.provenance import environment
 from expunge.scorers import Scorer
 from expunge.whole import write_text
@@ -41,30 +43,45 @@ def check_one_process(message: str) -> None:
         raise ExpungeError(message)
 
 
-def claim(folder: Path, config: RunConfig, **more: Any) -> contextlib.AbstractContextManager[None]:
-    """Hold `folder` for this run inside a `with`: see `claimed`. more: what tells other commands' folders apart."""
-    settings = dataclasses.asdict(config) | more
-    return claimed(folder, settings, MEASURED) if is_main_process() else contextlib.nullcontext()
+@contextlib.contextmanager
+def claim(folder: Path, config: RunConfig, **more: Any) -> Iterator[None]:
+    """Hold `folder` for this run inside a `with`: see `claimed`; templates are told the run's date (`dated`).
+
+    more: what tells other commands' folders apart.
+    """
+    settings = portable(dataclasses.asdict(config) | more)
+    held = claimed(folder, settings, MEASURED, lambda there: restored(there, folder))
+    with dated(folder), held if is_main_process() else contextlib.nullcontext():
+        if is_main_process():
+            keep_date(folder)
+        yield
 
 
-def origin_of(folder: Path) -> dict[str, Any]:
-    """What the run in `folder` started from: `model`, `method`, and `loading`, how the model was loaded, but for code of its
-    own, as the run may be another's. Empty where it holds no run."""
-    path = folder / "config.yaml"
-    if not path.is_file() or not (folder / "model").is_dir():
-        return {}
+def keep_date(folder: Path) -> None:
+    """Leave in `folder` the date that templates are told, where there is none yet, and where it lies."""
+    begin(folder, clock.today().isoformat())
+
+
+@contextlib.contextmanager
+def dated(folder: Path, like: Path | None = None) -> Iterator[None]:
+    """In the block chat templates are told the date on which the work in `folder` began, or, where it begins now, that of
+    the run `like`, or that of the sweep that it is part of, or today's."""
+    days = [_day_of(place) for place in (folder, like) if place]
+    with clock.told(next(filter(None, days), clock.today())):
+        yield
+
+
+def _day_of(folder: Path) -> date | None:
+    day = began(folder).get("day")
     try:
-        run = yaml.safe_load(path.read_text(encoding="utf-8"))
-        how = {name: run.get(name) for name in ("revision", "dtype", "attn_implementation", "quantization")}
-        loading = {name: value for name, value in how.items() if value}
-        return {"model": run["model"], "method": run.get("method") or {}, "loading": loading}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError):
-        raise ExpungeError(f"{path}: not the configuration of a run: name its model's folder, and --reference") from None
+        return date.fromisoformat(day) if day else None
+    except ValueError:
+        raise ExpungeError(f"{folder / BEGAN}: {day!r} is no day such as 2026-12-01: remove the file for today's") from None
 
 
 def is_done(folder: Path, stage: str, key: str) -> bool:
     path = folder / "stages" / f"{stage}.json"
-    return path.exists() and _record(path).get("key") == key
+    return path.exists() and read_record(path).get("key") == key
 
 
 def finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
@@ -74,7 +91,7 @@ def finish(folder: Path, stage: str, key: str, facts: dict[str, Any]) -> None:
 
 def write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer]) -> None:
     """provenance.json: versions, hashes, seeds, and what each stage took."""
-    stages = {path.stem: _record(path) for path in sorted((folder / "stages").glob("*.json"))}
+    stages = {path.stem: read_record(path) for path in sorted((folder / "stages").glob("*.json"))}
     facts = {
         "environment": environment(),
         "scorers": {scorer.name: scorer.digest for scorer in scorers},
@@ -84,11 +101,3 @@ def write_provenance(folder: Path, config: RunConfig, scorers: Sequence[Scorer])
         "peak_memory_bytes": max((stage.get("peak_memory_bytes", 0) for stage in stages.values()), default=0),
     }
     write_text(folder / "provenance.json", json.dumps(facts, indent=2))
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What a stage left of itself."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ExpungeError(f"{path}: not the JSON object that the stage left: remove it, and the stage runs again") from None

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from expunge.assembly import (
     probe_data,
     training_data,
 )
-from expunge.callbacks import Mark, StopOnInterrupt, forget_others, last_checkpoint
+from expunge.callbacks import Mark, StopOnInterrupt, last_checkpoint
 from expunge.config import DataConfig, RunConfig
-from expunge.data import Pair, Text, Unpaired, load_corpus
+from expunge.data import Pair, Unpaired, load_corpus
 from expunge.errors import Interrupted
 from expunge.fitting import fit_and_apply
 from expunge.metrics.perplexity import text_windows
-from expunge.models import load_model, weights_digest
+from expunge.models import identity_of, load_model
 from expunge.monitor import Monitor, light_plan
+from expunge.pipeline.origin import inputs_of, is_made, set_others_aside
 from expunge.pipeline.stages import finish, is_done, is_main_process
-from expunge.provenance import digest, digest_all, peak_memory_bytes
+from expunge.provenance import data_digest, digest, peak_memory_bytes
 from expunge.rows import write_lines
 from expunge.scorers import load_scorer
 from expunge.training import UnlearnConfig, UnlearnTrainer
@@ -53,26 +54,21 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
 def train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], None]:
     """What `train` does, but for the push, which is what it returns."""
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
-    data = training_data(config, outline_of(config)[1], args)
-    key = digest([config.model, config.revision, loading(config), config.method, config.training, config.lora, config.seed])
-    key = digest([key, _hash(data)])
+    tokenizer = outline_of(config)[1]
+    data = training_data(config, tokenizer, args)
     probed = probe_data(config, data)
-    if probed:
-        key = digest([key, probed])
+    inputs = inputs_of(config, args, data, probed, tokenizer)
+    key, made = digest(inputs), is_made(folder, inputs)
     applied = build_method(config.method).applied
-    if applied:
-        key = digest([key, config.monitor.corpus, config.monitor.tokens])
-    elif args.eval_strategy != "no":  # what is measured decides which checkpoint is best
-        key = digest([key, config.monitor, light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)])
     wanted = args.push_to_hub and is_main_process() and not is_done(folder, "push", key)
     repo = hub.reserve(args, folder.resolve().name) if wanted else None
     args.push_to_hub = False  # or the trainer would push its checkpoints
-    if is_done(folder, "train", key):
+    if made:
         log.info("train: done before")
     elif applied:
-        _apply(config, args, data, probed, folder, key)
+        _apply(config, args, data, probed, folder, inputs)
     else:
-        _train(config, args, data, probed, folder, key)
+        _train(config, args, data, probed, folder, inputs)
 
     def publish() -> None:
         if repo:
@@ -89,7 +85,7 @@ def _train(
     data: list[Pair] | Unpaired,
     probed: list[tuple[str, bool]],
     folder: Path,
-    key: str,
+    inputs: Mapping[str, Any],
 ) -> None:
     check_model(config)
     lora, merged = lora_of(config)
@@ -97,7 +93,6 @@ def _train(
     scorer = load_scorer(config.monitor.scorer) if args.eval_strategy != "no" else None
     started = time.monotonic()
     model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
-    model_digest = weights_digest(model)
     monitor = None
     if scorer and (watched := monitor_data(config, args, tokenizer)):
         plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
@@ -110,8 +105,8 @@ def _train(
     stop = StopOnInterrupt()
     checkpoints = Path(args.output_dir)  # type: ignore[arg-type]
     with args.main_process_first(desc="checkpoints"):
-        forget_others(checkpoints, key)
-    callbacks = [stop, Mark(checkpoints, key)]
+        set_others_aside(checkpoints, inputs)
+    callbacks = [stop, Mark(checkpoints, inputs)]
     trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=callbacks, measure=monitor, probe_data=probed)
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint:
@@ -131,14 +126,14 @@ def _train(
         trainer.save_model(str(temporary))
     write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
-        "reference_sha256": model_digest,
+        **_made(folder, inputs),
         **_data_facts(config.data, data, trainer),
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    finish(folder, "train", key, facts)
+    finish(folder, "train", digest(inputs), facts)
 
 
 def _apply(
@@ -147,7 +142,7 @@ def _apply(
     data: list[Pair] | Unpaired,
     probed: list[tuple[str, bool]],
     folder: Path,
-    key: str,
+    inputs: Mapping[str, Any],
 ) -> None:
     """In place of training, for a method that is fitted; one process does it."""
     if not is_main_process():
@@ -155,7 +150,6 @@ def _apply(
     check_model(config)
     started = time.monotonic()
     model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
-    model_digest = weights_digest(model)
     set_seed(args.seed)
     corpus = None
     if config.monitor.corpus and config.method.get("match_perplexity"):
@@ -180,36 +174,36 @@ def _apply(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     facts = {
-        "reference_sha256": model_digest,
-        **({"probe": {"source": config.data.probe, "n": len(probed), "sha256": digest_all(probed)}} if probed else {}),
-        **({"data": {"n": len(data), "sha256": _hash(data)}} if data else {}),
+        **_made(folder, inputs),
+        **({"probe": {"source": config.data.probe, "n": len(probed), "sha256": data_digest(probed)}} if probed else {}),
+        **({"data": {"n": len(data), "sha256": data_digest(data)}} if data else {}),
         "steps": 0,
         "applied": about,
         "seed": args.seed,
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    finish(folder, "train", key, facts)
+    finish(folder, "train", digest(inputs), facts)
 
 
 def _data_facts(sources: DataConfig, data: list[Pair] | Unpaired, trainer: UnlearnTrainer) -> dict[str, Any]:
     """What was trained on and what of it did not fit."""
     if not isinstance(data, Unpaired):
         cut: Any = trainer.truncation
-        counts = {"n": len(trainer.rows), "sha256": _hash(data), "truncation": dataclasses.asdict(cut)}
+        counts = {"n": len(trainer.rows), "sha256": data_digest(data), "truncation": dataclasses.asdict(cut)}
         return {"pairs": {"source": sources.train, **counts}}
     return {
         side: {
             "source": getattr(sources, side),
             "n": len(trainer.rows.sides[side]),  # type: ignore[union-attr]
-            "sha256": _hash(getattr(data, side)),
+            "sha256": data_digest(getattr(data, side)),
             "truncation": dataclasses.asdict(trainer.truncation[side]),  # type: ignore[index]
         }
         for side in ("forget", "retain")
     }
 
 
-def _hash(data: Sequence[Pair] | Sequence[Text] | Unpaired) -> str:
-    if isinstance(data, Unpaired):
-        return digest([_hash(data.forget), _hash(data.retain)])
-    return digest_all(list(vars(row).values()) for row in data)
+def _made(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model was made from, and what it is: compared when the record is read again."""
+    made = identity_of(folder / "model").parts
+    return {"reference_sha256": inputs["model"]["weights"], "inputs": dict(inputs), "made": made}

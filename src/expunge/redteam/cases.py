@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from expunge.attacks import Attack, AttackData, AttackResult, Budget
 from expunge.config import cache_folder
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
-from expunge.provenance import digest, digest_all
+from expunge.models import identity_of, tokenizer_digest
+from expunge.provenance import data_digest, digest, software
 from expunge.report.attacks import NONE
 from expunge.scorers import Scorer
 from expunge.whole import whole, write_text
@@ -25,12 +25,14 @@ log = logging.getLogger("expunge")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is attacked. shared: its cases lie where all runs find them."""
+    """A model that is attacked. digest: of its content and how it is loaded; shared: its cases lie where all runs find them;
+    weights: a hash of them, for the record."""
 
     name: str
     model: Any
     digest: str
     shared: bool
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Bench:
     measured: EvaluationData
     plan: EvaluationPlan
     scorers: Sequence[Scorer]
-    attention: str | None
     quiet: bool
     _given: dict[frozenset[str], tuple[AttackData, str]] = field(default_factory=dict)
 
@@ -84,15 +85,13 @@ class Bench:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """How any model is measured, and by what."""
-        tokenizer: Any = self.had.tokenizer
+        """How any model is measured, and by what; text is cut by the victim's tokenizer, also for the reference."""
         return {
-            "expunge": version("expunge"),
-            "tokenizer": digest(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()),
-            "measured": digest_all([self.measured]),
+            "software": software(),
+            "tokenizer": tokenizer_digest(self.had.tokenizer),
+            "measured": data_digest(self.measured),
             "plan": self.plan,
             "scorers": [(scorer.name, scorer.digest) for scorer in self.scorers],  # in order: the first is the judge
-            "attention": self.attention,
         }
 
     def given(self, needs: Collection[str]) -> tuple[AttackData, str]:
@@ -101,14 +100,14 @@ class Bench:
             part = self.had.only(key)
             unseen = ("tokenizer", "score", "plan", "room")  # `about` knows these; room follows from it and the subject
             seen = [field.name for field in dataclasses.fields(part) if field.name not in unseen]
-            self._given[key] = part, digest_all(getattr(part, name) for name in seen)
+            self._given[key] = part, digest({name: data_digest(getattr(part, name)) for name in seen})
         return self._given[key]
 
     def _place(self, name: str, attack: Attack | None, subject: Subject) -> Path:
         how = {**self.about, "subject": subject.digest}
         if attack:
             means = {"reference": self.original.digest if self.original else None, "budget": self.budget}
-            how |= {"attack": attack, "had": self.given(attack.needs)[1], **means}
+            how |= {"attack": _content(attack), "had": self.given(attack.needs)[1], **means}
         base = cache_folder("attacks") if subject.shared else self.folder / "attacks"
         return base / f"{subject.name}-{name}-{digest(how)[:16]}"
 
@@ -118,6 +117,12 @@ def title(name: str, attack: Attack | None) -> str:
         return name
     told = [f"{key}={value}" for key, value in _setting(attack).items()]
     return f"{name} ({', '.join([*told, f'draw {attack.seed}'])})"
+
+
+def _content(attack: Attack) -> dict[str, Any]:
+    """Its name and fields, a model by what it is."""
+    named = {field: identity_of(name).key for field in attack.models if (name := getattr(attack, field))}
+    return {"name": attack.name, **_setting(attack), "seed": attack.seed, **named}
 
 
 def _setting(attack: Attack) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from expunge.data import Text, load_corpus, load_pairs, load_prompts, load_unpai
 from expunge.errors import ExpungeError
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
 
+WORDS = 8
+"""A line of running text with so many is no heading."""
+
 log = logging.getLogger("expunge")
 
 
@@ -51,7 +54,7 @@ def attackers_data(
         _unmeasured(retain, seen, f"the retain set, {sources.train or sources.retain},"),
         _unmeasured([Text(pair.prompt, pair.rejected) for pair in pairs], seen, f"redteam.validation={team.validation}"),
         [text.prompt for text in _unmeasured([Text(p.text, "") for p in search], seen, f"redteam.search={team.search}")],
-        load_corpus(team.neutral) if team.neutral else "",
+        _unmeasured_text(load_corpus(team.neutral), measured, team.neutral) if team.neutral else "",
         scorer.score,
         args.max_prompt_tokens,
         args.max_continuation_tokens,
@@ -86,6 +89,27 @@ def _unmeasured(texts: Sequence[Text], seen: set[str], source: str) -> list[Text
     if len(left) < len(texts):
         log.warning("attack: %s: %d of %d texts are reported too, and left out", source, len(texts) - len(left), len(texts))
     return left
+
+
+def _unmeasured_text(text: str, measured: EvaluationData, name: str) -> str:
+    """Running text without the lines that perplexity is reported on; short ones, such as headings, stay."""
+    reported = {line.strip() for corpus in measured.corpora.values() for line in corpus.splitlines() if _is_long(line)}
+    lines = text.splitlines(keepends=True)
+    left = [line for line in lines if line.strip() not in reported]
+    if len(left) == len(lines):
+        return text
+    if not any(map(_is_long, left)):
+        raise ExpungeError(
+            f"redteam.neutral={name}: it is reported too, all of it; what is kept by it would flatter the attack"
+        )
+    log.warning(
+        "attack: redteam.neutral=%s: %d of %d lines are reported too, and left out", name, len(lines) - len(left), len(lines)
+    )
+    return "".join(left)
+
+
+def _is_long(line: str) -> bool:
+    return len(line.split()) >= WORDS
 
 
 def _same(name: str, other: str) -> bool:

@@ -14,7 +14,7 @@ from expunge.config import RedTeamConfig, RunConfig
 from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import context_length, inner_model, known_of, load_model, weights_digest
+from expunge.models import context_length, identity_of, inner_model, known_of, load_model
 from expunge.provenance import digest, peak_memory_bytes
 from expunge.redteam.cases import Bench, Case, Subject, title
 from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
@@ -42,11 +42,10 @@ def red_team(
     attacks failed; what the others gave is written then.
     """
     team, attacks = settings_of(config)
-    unlearned, tokenizer = load_model(model, revision=config.revision, **assembly.loading(config))
-    subjects = [_subject("unlearned", unlearned, shared=False)]
+    unlearned, tokenizer = _subject("unlearned", config, model, config.revision)
+    subjects = [unlearned]
     if reference is not None:
-        original, _ = load_model(reference, revision=reference_revision, **assembly.loading(config))
-        subjects.insert(0, _subject("reference", original, shared=True))
+        subjects.insert(0, _subject("reference", config, reference, reference_revision)[0])
     every = [one for several in attacks.values() for one in several]
     bench = _bench(config, team, folder, subjects, tokenizer, every, quiet)
     common = {"stage": "attack", "run": folder.name, "model": str(config.model), "seed": config.evaluation.seed}
@@ -73,7 +72,7 @@ def red_team(
     results = [*before, *summarised]
     write_rows(folder / "results.jsonl", results)
     stage = {
-        "weights_sha256": {subject.name: subject.digest for subject in subjects},
+        "weights_sha256": {subject.name: subject.weights for subject in subjects},
         "data_sha256": {"measured": bench.about["measured"], "had": bench.given(PARTS)[1]},
         "seconds": round(seconds, 2),  # of all cases, also those that were there
         "peak_memory_bytes": peak_memory_bytes(),
@@ -127,9 +126,12 @@ def merged(model: Any) -> Any:
     return model.float().merge_and_unload()
 
 
-def _subject(name: str, model: Any, shared: bool) -> Subject:
-    model = merged(model)
-    return Subject(name, model, weights_digest(model), shared)
+def _subject(name: str, config: RunConfig, model: str | Path, revision: str | None) -> tuple[Subject, Any]:
+    """A model to attack, and its tokenizer. A reference's cases are shared."""
+    found, how = identity_of(model, revision), assembly.loading(config)
+    loaded, tokenizer = load_model(model, revision=revision, **how)
+    key = digest(found.loaded(how))
+    return Subject(name, merged(loaded), key, name == "reference", found.weights), tokenizer
 
 
 def _bench(
@@ -153,7 +155,7 @@ def _bench(
     for attack in attacks:
         attack.check(unlearned.model, original.model if original else None, had)
     budget = Budget(team.steps, team.queries, team.seconds, team.utility_bound)
-    return Bench(folder, original, had, budget, measured, plan, scorers, config.attn_implementation, quiet)
+    return Bench(folder, original, had, budget, measured, plan, scorers, quiet)
 
 
 def _rows(found: Mapping[str, Case], common: Mapping[str, Any], method: str | None) -> list[Row]:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from expunge.errors import ExpungeError
-from expunge.models import in_batches, reading, weights_digest
+from expunge.models import in_batches, loaded_identity, reading
 from expunge.scorers.base import Scorer
 
 BATCH_TOKENS = 8192
@@ -51,9 +51,7 @@ class ClassifierScorer(Scorer):
         named = model.config.id2label[self.label]
         self.name = f"hf:{source}@{named}"
         facts = {
-            "weights": weights_digest(model),
-            "config": model.config.to_dict() | {"_name_or_path": None, "transformers_version": None},
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else source,
+            **loaded_identity(model, self.tokenizer).parts,
             "label": self.label,
             "longest": self.longest,
         }

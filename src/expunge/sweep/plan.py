@@ -16,10 +16,11 @@ from typing import Any
 
 from expunge import assembly, pipeline
 from expunge.config import RunConfig, load_config, merge
-from expunge.data.named import NAMED, local_file, local_path
+from expunge.data.named import NAMED, local_file
 from expunge.errors import ExpungeError
 from expunge.harness import OURS
-from expunge.models import local_folders
+from expunge.models import identity_of, is_local
+from expunge.pipeline.paths import name_parts, with_names
 from expunge.provenance import digest
 from expunge.registry import did_you_mean
 from expunge.report.compare import name_of, words_of
@@ -40,10 +41,12 @@ class Cell:
 
     @cached_property
     def name(self) -> str:
-        """Its folder's: the labels, and a hash of them, the configuration, the method's defaults and the files it reads."""
+        """Its folder's: the labels, and a hash of them, the configuration, the method's defaults, and the content of what
+        it names."""
         config, method = self.config, assembly.build_method(self.config.method)
         told = {key: value for key, value in asdict(config).items() if value is not None or key not in ATTACKS}
-        inputs = [self.labels, self.trial, told, asdict(method), _contents(config)]  # type: ignore[call-overload]
+        read = with_names(told, lambda name: _content(name, config.revision) or name)
+        inputs = [self.labels, self.trial, read, asdict(method)]  # type: ignore[call-overload]
         words = [*words_of(self.labels), *(["trial"] if self.trial else [])]
         plain = re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:80].strip(".")
         return f"{plain}-{digest(inputs)[:12]}"
@@ -161,23 +164,18 @@ def _texts(tree: Any) -> Iterable[str]:
             yield from _texts(each)
 
 
-def _contents(config: RunConfig) -> dict[str, str]:
-    """Hashes of the files behind the names of data and of the model, where they lie on this machine."""
-    found = {}
-    unreported = [config.monitor.prompts, config.monitor.corpus, *_searched(config)]
-    for name in sorted({*_texts(asdict(config.data)), *_texts(unreported), config.model}):
-        paths = [path for entry in NAMED if entry.name == name and (path := local_file(entry))]
-        paths += local_folders(name) if name == config.model else [Path(local_path(name))]
-        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
-        if files:
-            found[name] = digest([_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    return found
+def _content(name: str, revision: str | None) -> str | None:
+    """The last part of the name of a model or of data, and a hash of what is behind it.
 
-
-def _searched(config: RunConfig) -> list[str | None]:
-    """What attacks search with."""
-    team = config.redteam
-    return [team.validation, team.search, team.neutral] if team else []
+    None for what is not on this machine: that stands by its name, a model of the hub with its revision.
+    """
+    _, path, _ = name_parts(name)
+    if is_local(path):
+        return f"{Path(path).name} {identity_of(path, revision).key}"
+    paths = [file for entry in NAMED if entry.name == name and (file := local_file(entry))] or [Path(path)]
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    hashes = [_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{Path(path).name} {digest(hashes)}" if hashes else None
 
 
 @cache

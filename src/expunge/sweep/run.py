@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from expunge.config import RunConfig
 from expunge.errors import ExpungeError, Interrupted
-from expunge.pipeline import check_one_process
+from expunge.pipeline import check_one_process, dated, keep_date
 from expunge.redteam import run_and_attack
 from expunge.report.compare import Entry, headline_columns, rows_behind
 from expunge.report.tables import Table
@@ -83,7 +83,8 @@ def run_sweep(
     groups, seeds = narrowed(sweep.groups, sweep.recipe, only)
     end = time.monotonic() + 60 * minutes if minutes is not None else None
     tried: set[str] = set()
-    with sweep.store.opened({"budget": sweep.budget, **sweep.written.as_written()}):
+    with sweep.store.opened({"budget": sweep.budget, **sweep.written.as_written()}), dated(folder):
+        keep_date(folder)
         begun = True
         while begun:  # once more, as others may have finished the trials that a cell waited for
             begun = False
