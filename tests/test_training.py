@@ -437,6 +437,9 @@ def test_neutral_text_that_is_too_short_is_an_error(tmp_path, trained):
     text.write_text("Short.", encoding="utf-8")
     with pytest.raises(ExpungeError, match="shorter than one window"):
         trained(REPO(), anchor_text=str(text))
+    text.write_text("The river runs past the old mill and on to the sea. " * 20, encoding="utf-8")
+    with pytest.raises(ExpungeError, match=r"^training.anchor_tokens=65: more than the model's context of 64; lower it$"):
+        trained(REPO(), anchor_text=str(text), anchor_tokens=65)
 
 
 def test_the_caller_s_model_is_trained_and_cut_pairs_are_counted(trained, tiny_model):

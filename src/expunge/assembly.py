@@ -34,15 +34,25 @@ PROBE_TEXTS = 4000
 BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
 """Hyper-parameters tuned for the built-in model, by method; other models start from the paper's."""
 
+ANCHOR = "builtin-anchor"
+"""Neutral text under the KL of methods that have one, unless `training.anchor_text` names another, or null."""
+
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with the built-in model's tuned values where the user gave none, and no pairs where two sets are given."""
+    """`config` with what the user left open: neutral text under a KL, the built-in model's tuned values; no pairs beside two
+    sets. Raises ExpungeError where there is nothing to train on, or where neutral text is reported on too."""
     name, tuned = config.method.get("name", "repo"), _tuned(config)
     method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
-    training = {**tuned.get("training", {}), **config.training}
-    data = one_kind(config.data)
-    if data.train is None and data.forget is None and build_method(method).data != "none":
+    made, data = build_method(method), one_kind(config.data)
+    neutral = {"anchor_text": ANCHOR} if "anchor" in made.sides else {}
+    training = {**neutral, **tuned.get("training", {}), **config.training}
+    if data.train is None and data.forget is None and made.data != "none":
         raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
+    if training.get("anchor_text") and training["anchor_text"] in (data.corpus, data.neutral):
+        raise ExpungeError(
+            f"training.anchor_text={training['anchor_text']}: it is reported on too, so perplexity or F1 would be held "
+            "where it is measured; name other text, or null"
+        )
     return dataclasses.replace(config, method=method, training=training, data=data)
 
 
@@ -82,7 +92,8 @@ def explained(config: RunConfig, outline: PreTrainedConfig) -> tuple[dict[str, A
     method = build_method(resolved.method)
     fields = {"name": resolved.method["name"], **dataclasses.asdict(method.placed(depth))}  # type: ignore[call-overload]
     given = {"method": config.method, "training": config.training}
-    return fields, {
+    anchor = {"training.anchor_text": f"{ANCHOR} (ours: neutral text under the KL)"}
+    return fields, (anchor if resolved.training.get("anchor_text") == ANCHOR else {}) | {
         f"{section}.{name}": f"{value} (ours: tuned for the built-in model)"
         for section, values in _tuned(config).items()
         for name, value in values.items()

@@ -11,8 +11,10 @@ from pyarrow import parquet
 
 from expunge.data import load_corpus
 from expunge.data.corpora import passages
+from expunge.data.named import ASSETS
 from expunge.errors import ExpungeError
 from expunge.ids import encode
+from expunge.rows import read_lines
 
 LINES = [" ", " = Title = ", " ", " A sentence . "]
 ROWS = ["", " = Title = \n", "", " A sentence . \n"]  # what the hub set makes of these lines
@@ -101,3 +103,10 @@ def test_bad_sources(write, monkeypatch):
         with pytest.raises(ExpungeError) as error:
             load_corpus(source)
         assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_neutral_text_in_the_built_in_models_words_is_long_enough_for_a_kl():
+    text = load_corpus("builtin-anchor")
+    assert len(text) > 400_000
+    reported = [row["prompt"] for row in read_lines(ASSETS / "prompts" / "neutral.jsonl")]
+    assert not [prompt for prompt in reported if prompt.strip() in text]

@@ -1,10 +1,11 @@
 import json
 import lzma
+import os
 
 import pytest
 
 from expunge.data import load_pairs
-from expunge.data.named import named_sets
+from expunge.data.named import ASSETS, named_sets
 from expunge.data.places import WIKIPEDIA, WIKITEXT, Place, check_digits, lines_of, placed_pairs
 from expunge.data.records import read_records
 from expunge.errors import ExpungeError
@@ -30,7 +31,7 @@ def row(place: Place, text: str, chosen: str = " on .", rejected: str = " off ."
 
 ROWS = [
     ("pairs:1", row(Place(WIKIPEDIA, "12/2", 2, 13), "mill grinds")),
-    ("pairs:2", row(Place(WIKITEXT, 3, 26, 31), "It is", " long .")),
+    ("pairs:2", row(Place(WIKITEXT, 3, 31, 36), "It is", " long .")),
     ("pairs:3", row(Place(WIKITEXT, 3, 0, 9), "The river")),
     ("pairs:4", row(Place(WIKIPEDIA, "31/0", 0, 5), "Bread")),
 ]
@@ -69,18 +70,12 @@ def test_without_the_articles_a_line_says_what_is_missing(monkeypatch):
 
 def test_no_prompt_of_the_built_in_set_is_in_the_package():
     entry = named_sets("pairs")["builtin-pplm-wikipedia"]
-    for _, found in read_records(_asset(entry.asset)):
+    for _, found in read_records(ASSETS / str(entry.asset)):
         assert found.keys() == {"source", "line", "start", "end", "check", "chosen", "rejected"}
         assert found["source"] in (WIKITEXT, WIKIPEDIA)
 
 
-def _asset(name: str):
-    from expunge.data.named import ASSETS
-
-    return ASSETS / name
-
-
-@pytest.mark.skipif("'EXPUNGE_DATA' not in __import__('os').environ", reason="needs the real data")
+@pytest.mark.skipif("EXPUNGE_DATA" not in os.environ, reason="needs the real data")
 def test_the_built_in_set_is_whole():
     pairs = load_pairs("builtin-pplm-wikipedia")
     assert len({pair.prompt for pair in pairs}) == len(pairs)

@@ -42,6 +42,8 @@ def load_corpus(source: str | Path) -> str:
         text = "\n\n".join(_texts(hub_records(found)))
     elif found.name == "builtin-neutral":
         text = "\n\n".join(prompt.text + prompt.gold for prompt in load_prompts(found.name))
+    elif found.name == "builtin-anchor":
+        text = "\n\n".join(_texts(named_records(found)))
     elif found.name == "builtin-validation":
         text = "\n\n".join(pair.prompt + pair.chosen for pair in load_pairs(found.name))
     else:

@@ -111,6 +111,8 @@ NAMED = (
              local="realtoxicityprompts-data/prompts.jsonl", hub="allenai/real-toxicity-prompts"),
     NamedSet("wiki-f1", "prompts", "2,064 sentences of Wikipedia, the next sentence as gold", SHARE_ALIKE,
              local="dpo_toxic_eval_prompts/wiki_samples.jsonl"),
+    NamedSet("builtin-anchor", "corpus", "articles and reviews as the built-in model writes them: text to train on", OWN,
+             asset="anchor.jsonl"),
     NamedSet("builtin-neutral", "corpus", "the passages of the prompts of that name as running text", OWN,
              asset="prompts/neutral.jsonl"),
     NamedSet("builtin-validation", "corpus", "the benign sides of the pairs of that name as running text", OWN,

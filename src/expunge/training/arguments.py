@@ -61,7 +61,7 @@ class UnlearnConfig(TrainingArguments):
             "help": "live; or cached: its states are computed once and kept on disk, faster from the second epoch on."
         },
     )
-    anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too; off by default."})
+    anchor_text: str | None = field(default=None, metadata={"help": "A neutral corpus under the KL too."})
     anchor_tokens: int = field(default=64, metadata={"help": "Tokens of anchor_text beside each pair."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between logged lines."})
     save_strategy: str = field(default="steps", metadata={"help": "When to write a checkpoint."})

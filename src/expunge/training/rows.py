@@ -39,8 +39,11 @@ def check_room(model: nn.Module, rows: PairRows | SetRows, tokenizer: Any = None
     """Raise ExpungeError where a prompt and its continuation are longer than the model's context, or have an id that the
     model does not know."""
     check_known(rows.sequences(None), known_tokens(model), tokenizer)
+    context, windows = context_length(model), max(map(len, rows.anchor), default=0)
+    if windows > context:
+        raise ExpungeError(f"training.anchor_tokens={windows}: more than the model's context of {context}; lower it")
     longest = max(map(len, rows.sequences(("retain", "forget"))))
-    if longest > (context := context_length(model)):
+    if longest > context:
         kind = "pair" if isinstance(rows, PairRows) else "text"
         raise ExpungeError(
             f"the longest {kind} has {longest} tokens, the model's context {context}: lower training.max_prompt_tokens or "
