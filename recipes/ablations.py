@@ -54,6 +54,7 @@ BASE = {
         "warmup_steps": 20,
         "reference": "cached",
         "save_strategy": "no",
+        "anchor_text": None,
     },
     "evaluation": {"samples": 5, "heldout": 128, "forced": [8], "perplexity_tokens": 40_000, "scorers": ["ngram"]},
 }

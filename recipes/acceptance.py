@@ -22,7 +22,7 @@ from expunge.provenance import digest
 from expunge.rows import Row, read_lines, write_lines
 
 METHODS = {  # what tuning chose (benchmarks/results/tuning-*.jsonl) beside src/expunge/assets/defaults.json
-    "repo": ["training.num_train_epochs=3"],
+    "repo": ["training.num_train_epochs=3", "training.anchor_text=null"],
     "dpo": ["training.num_train_epochs=1"],
 }
 SEEDS = (0, 1, 2)
@@ -79,7 +79,8 @@ def measure(method: str, seed: int) -> None:
     path = RESULTS / f"{method}-{seed}.jsonl"
     config = load_config(RunConfig, [], [f"method.name={method}", f"seed={seed}", *METHODS[method]], base=BASE)
     settings = resolve(config)
-    key = digest([BASE, settings.method, settings.training, seed])  # not the whole of it, to which versions add keys
+    training = {name: value for name, value in settings.training.items() if value is not None}
+    key = digest([BASE, settings.method, training, seed])  # not the whole of it, to which versions add keys
     if path.exists() and read_lines(path)[0]["config"] == key:
         return
     rows = run(config, Path(f"runs/acceptance/{method}-{seed}"), quiet=True)

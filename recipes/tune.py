@@ -35,7 +35,7 @@ SETTINGS = {
         "limit": 2000,
     },
     "evaluation": {"samples": 5, "heldout": 128, "forced": [0, 8], "perplexity_tokens": 40_000},
-    "training": {"save_strategy": "no", "num_train_epochs": 3},
+    "training": {"save_strategy": "no", "num_train_epochs": 3, "anchor_text": None},
 }
 
 

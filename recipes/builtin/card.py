@@ -80,6 +80,9 @@ def main() -> None:
         "- `scorers/`: see `docs/scorers.md`; the JSON beside each holds its training facts and figures.",
         "- `pairs/`, `prompts/`: text that the model itself generated, chosen by scorer `wordvec`; the JSON beside them "
         "holds counts, thresholds and seeds. `pplm.jsonl` was pushed by PPLM, 5 iterations a token.",
+        "- `pairs/pplm-wikipedia.jsonl`: PPLM's continuations after sentences of WikiText-2's train split; the prompts are "
+        "named by their place, not copied.",
+        "- `anchor.jsonl`: articles and reviews that the model wrote, none of them toxic by either scorer.",
         "- `facts/`: invented facts, questions about them, and a LoRA adapter for `model/` that knows them: "
         "`builtin:facts`. `facts.json` has its figures.",
         "- `defaults.json`: hyper-parameters tuned for this model, by method (`benchmarks/results/tuning-*.jsonl`).",
