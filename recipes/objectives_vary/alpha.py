@@ -140,7 +140,7 @@ def _mean(of: Iterable[dict], figure: str) -> float:
 
 
 def draw(found: list[dict]) -> None:
-    """A panel for each reward that was run: alpha by step from each start, a line a seed; dashed, the fixed alpha that scores best."""
+    """A panel for each reward that was run: alpha by step from each start; dashed, the best fixed alpha."""
     fixed = {alpha: [line for line in found if line["run"] == f"fixed {alpha:g}"] for alpha in FIXED}
     scored = {alpha: _mean(of, "s") for alpha, of in fixed.items() if of}
     best = max(scored, key=lambda alpha: scored[alpha])
