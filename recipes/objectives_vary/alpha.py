@@ -140,18 +140,22 @@ def _mean(of: Iterable[dict], figure: str) -> float:
 
 
 def draw(found: list[dict]) -> None:
-    """A panel a reward: alpha by step from each start, a line a seed; dashed, the fixed alpha that scores best."""
+    """A panel for each reward that was run: alpha by step from each start; dashed, the best fixed alpha."""
     fixed = {alpha: [line for line in found if line["run"] == f"fixed {alpha:g}"] for alpha in FIXED}
     scored = {alpha: _mean(of, "s") for alpha, of in fixed.items() if of}
     best = max(scored, key=lambda alpha: scored[alpha])
-    figure, panels = plt.subplots(1, len(REWARDS), figsize=(10, 3.6), layout="constrained", sharey=True)
-    for axes, reward in zip(panels, REWARDS, strict=True):
+    shown = [reward for reward in REWARDS if any(line["run"].startswith(f"{reward} ") for line in found)]
+    if not shown:
+        return
+    size = (4 * len(shown) + 1, 3.6)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, reward in zip(panels[0], shown, strict=True):
         for color, start in enumerate(STARTS):
             for line in (line for line in found if line["run"] == f"{reward} from {start:g}"):
                 axes.plot(*zip(*line["trace"], strict=True), color=f"C{color}")
         axes.axhline(best, color="black", linestyle="--", linewidth=1)
         axes.set(title=reward, xlabel="optimizer step", yscale="log")
-    panels[0].set_ylabel("mean of alpha")
+    panels[0][0].set_ylabel("mean of alpha")
     plt.rcParams["svg.hashsalt"] = "expunge"
     figure.savefig(FIGURE, metadata={"Date": None})
 
