@@ -1,7 +1,7 @@
 import pytest
 
-from expunge.assembly import ANCHOR, explained, resolve
-from expunge.config import RunConfig, load_config
+from expunge.assembly import ANCHOR, evaluation_data, explained, resolve
+from expunge.config import DataConfig, EvaluationConfig, RunConfig, load_config
 from expunge.errors import ExpungeError
 from expunge.models import load_outline
 
@@ -31,10 +31,21 @@ def test_what_was_filled_in_stays_what_it_is():
     assert resolve(once) == once
 
 
-@pytest.mark.parametrize("key", ["data.corpus", "data.neutral"])
-def test_neutral_text_that_is_reported_is_refused(key):
+@pytest.mark.parametrize(
+    "name", ["data.corpus=builtin-neutral", "data.neutral=builtin-neutral", "data.corpora=[builtin-neutral]"]
+)
+def test_neutral_text_that_is_reported_is_refused(name):
     with pytest.raises(ExpungeError, match=r"^training.anchor_text=builtin-neutral: it is reported on too"):
-        resolved("data.corpus=null", "data.neutral=null", f"{key}=builtin-neutral", "training.anchor_text=builtin-neutral")
+        resolved("data.corpus=null", "data.neutral=null", name, "training.anchor_text=builtin-neutral")
+
+
+def test_perplexity_is_measured_on_every_text_that_is_named(tmp_path):
+    for name in ("river", "mill"):
+        (tmp_path / f"{name}.txt").write_text(f"The {name} is old.", encoding="utf-8")
+    data = DataConfig(
+        corpus=str(tmp_path / "river.txt"), corpora=[str(tmp_path / "mill.txt")], prompts=[], heldout=None, neutral=None
+    )
+    assert list(evaluation_data(data, EvaluationConfig()).corpora.values()) == ["The river is old.", "The mill is old."]
 
 
 def test_the_plan_says_where_neutral_text_comes_from():

@@ -20,13 +20,13 @@ from typing import Any
 
 from decontaminate import Forbidden, words
 from pairs import clean
-from sources import data_folder, forbidden_texts
+from sources import data_folder, forbidden_texts, unseen_articles
 
 from expunge import load_model
 from expunge.data.builders import build_pairs
 from expunge.data.harvest import cuts
 from expunge.data.pair_files import probe_for
-from expunge.data.places import SOURCES, Place, check_digits, lines_of
+from expunge.data.places import SOURCES, WIKIPEDIA, Place, check_digits, lines_of
 from expunge.data.pplm import PPLM
 from expunge.rows import read_lines, write_lines
 from expunge.scorers import load_scorer
@@ -46,11 +46,14 @@ Prompt = tuple[Place, str]
 def prompts(tokenizer: Any) -> Iterator[Prompt]:
     """Sentence starts of both sources with their places, block by block in a seeded order, each text once."""
     seen: set[str] = set()
+    reported = {row["id"] for row in unseen_articles()}
     for source in SOURCES:
         lines = lines_of(source)
         while block := list(islice(lines, BLOCK)):
             found: list[Prompt] = []
             for key, line in block:
+                if str(key).partition("/")[0] in reported and source == WIKIPEDIA:
+                    continue
                 at = 0
                 for head, _ in cuts(line, tokenizer, TOKENS, 8, 0):
                     at = line.index(head, at)

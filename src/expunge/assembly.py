@@ -48,7 +48,7 @@ def resolve(config: RunConfig) -> RunConfig:
     training = {**neutral, **tuned.get("training", {}), **config.training}
     if data.train is None and data.forget is None and made.data != "none":
         raise ExpungeError("nothing to train on: give data.train (--pairs), or data.forget and data.retain")
-    if training.get("anchor_text") and training["anchor_text"] in (data.corpus, data.neutral):
+    if training.get("anchor_text") and training["anchor_text"] in (*texts_of(data), data.neutral):
         raise ExpungeError(
             f"training.anchor_text={training['anchor_text']}: it is reported on too, so perplexity or F1 would be held "
             "where it is measured; name other text, or null"
@@ -183,7 +183,7 @@ def monitor_data(config: RunConfig, args: UnlearnConfig, tokenizer: Any) -> Eval
 
 def check_unreported(config: RunConfig, *keys: str) -> None:
     data = config.data
-    reported = {"prompts": [*data.prompts, data.neutral], "corpus": [data.corpus, data.neutral, data.heldout]}
+    reported = {"prompts": [*data.prompts, data.neutral], "corpus": [*texts_of(data), data.neutral, data.heldout]}
     for key in keys:
         if (name := getattr(config.monitor, key)) is not None and name in reported[key]:
             raise ExpungeError(f"monitor.{key}={name}: it is reported too; measure other text in the midst of training")
@@ -239,6 +239,11 @@ def probe_data(config: RunConfig, data: list[Pair] | Unpaired) -> list[tuple[str
     return load_probe_data(config.data.probe, PROBE_TEXTS, config.seed, forget)
 
 
+def texts_of(data: DataConfig) -> list[str]:
+    """The texts that perplexity is reported on, by name."""
+    return [*([data.corpus] if data.corpus else []), *data.corpora]
+
+
 def evaluation_data(data: DataConfig, plan: EvaluationConfig, tokenizer: Any = None) -> EvaluationData:
     """The text that a model is measured on; conversations are rendered by the tokenizer's chat template.
 
@@ -252,7 +257,7 @@ def evaluation_data(data: DataConfig, plan: EvaluationConfig, tokenizer: Any = N
         challenge={name: [p.text for p in load_prompts(name, plan.prompts, tokenizer)] for name in data.prompts},
         pairs=load_pairs(data.heldout, limit=plan.heldout, tokenizer=tokenizer) if data.heldout else [],
         neutral=load_prompts(data.neutral, plan.prompts, tokenizer) if data.neutral else [],
-        corpora={data.corpus: load_corpus(data.corpus)} if data.corpus else {},
+        corpora={name: load_corpus(name) for name in texts_of(data)},
         questions={name: load_questions(name, plan.questions, plan.seed, plan.shots) for name in data.questions},
     )
 

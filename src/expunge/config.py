@@ -47,6 +47,8 @@ class DataConfig:
     """Prompts with a gold continuation, for F1; null leaves F1 out."""
     corpus: str | None = "builtin-neutral"
     """Text for perplexity; wikitext2 where EXPUNGE_DATA or a hub is there; null leaves it out."""
+    corpora: list[str] = dataclasses.field(default_factory=list)
+    """More texts for perplexity: what is spared in one kind of text may be paid in another."""
     questions: list[str] = dataclasses.field(default_factory=list)
     """Sets of multiple-choice questions, for accuracy: mmlu, wmdp-cyber, your own."""
 

@@ -25,6 +25,7 @@ MEASURED = (
     "data.heldout",
     "data.neutral",
     "data.corpus",
+    "data.corpora",
     "data.questions",
     "redteam",
     "attack",

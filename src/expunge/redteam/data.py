@@ -31,7 +31,7 @@ def settings_of(config: RunConfig) -> tuple[RedTeamConfig, dict[str, list[Attack
 
 def check_unreported(config: RunConfig, team: RedTeamConfig) -> None:
     """Raise ExpungeError for a set to search or to choose with that is reported too."""
-    reported = [name for name in (*config.data.prompts, config.data.heldout, config.data.corpus) if name]
+    reported = [name for name in (*config.data.prompts, config.data.heldout, *assembly.texts_of(config.data)) if name]
     for key in ("validation", "search", "neutral"):
         name = getattr(team, key)
         if name and any(_same(name, other) for other in reported):
