@@ -5,7 +5,9 @@ check_model(model)      # nothing, or an ExpungeError that names the architectur
 Every path that uses states or logits begins with it: a model that is loaded, and one that is handed over in memory.
 """
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -41,13 +43,15 @@ def _check(inner: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     mask[1, TOKENS // 2 :] = 0
     layers: list[Layer] = [*range(len(blocks(inner))), "pre_norm", "final"]
+    edited = any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules())
     versions = [parameter._version for parameter in inner.parameters()]
     with torch.autocast(device.type, enabled=False):
         try:
             states = hidden_states(inner, ids, mask, layers)
             alone = hidden_states(inner, ids[1:, : TOKENS // 2], mask[1:, : TOKENS // 2], ["final"])["final"]
             asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_hidden_states": True}
-            output = type(inner).forward(inner, **asked)  # without accelerate's autocast
+            with _without_a_trace(inner):
+                output = type(inner).forward(inner, **asked)  # without accelerate's autocast
             own, named = output.logits, getattr(output, "hidden_states", None) or ()
         except ExpungeError:
             raise
@@ -68,11 +72,26 @@ def _check(inner: PreTrainedModel) -> None:
     # above rounding, where experts are chosen by batch
     if not alike(final[1:, : TOKENS // 2], alone, max(near, 0.02)):
         raise _unsupported(name, "padding after a text changes its states")
-    if len(named) == len(layers) - 1:
+    if len(named) == len(layers) - 1 and not edited:  # what edits a block's output may stand before or after what names it
         ours = [states[layer] for layer in layers]  # RWKV names what leaves a block, the others what enters it
         ways = (zip(some, named[:-1], strict=True) for some in (ours[:-2], ours[1:-1]))
         if not any(all(_same(found, wanted, real, near) for found, wanted in way) for way in ways):
             raise _unsupported(name, "what enters its blocks are not its hidden states")
+
+
+@contextlib.contextmanager
+def _without_a_trace(inner: PreTrainedModel) -> Iterator[None]:
+    """Hooks are as before afterwards: transformers leaves its own, which record hidden states, on the model for good."""
+    mark = "_output_capturing_hooks_installed"
+    before = [(module, module._forward_hooks.copy(), mark in vars(module)) for module in inner.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, marked in before:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+            if not marked:
+                vars(module).pop(mark, None)
 
 
 def _same(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor, near: float) -> bool:

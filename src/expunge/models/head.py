@@ -13,6 +13,7 @@ and no other weight plays a part, losses may take the logits a few tokens at a t
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ class _Given(tuple):
 def _standing_in(inner: PreTrainedModel, states: torch.Tensor) -> Iterator[list[bool]]:
     """The body gives out `states`, whatever it is given; the list inside is empty until it is called.
 
-    A model may call a part of its body, as OPT its decoder: each that is a model itself stands in.
+    A model may call a part of its body, as OPT its decoder: each that is a model itself stands in. Hooks on what stands in,
+    such as those of steering, do not run: they have made `states` what they are.
     """
     asked: list[bool] = []
 
@@ -142,13 +144,15 @@ def _standing_in(inner: PreTrainedModel, states: torch.Tensor) -> Iterator[list[
 
     whole = body(inner)
     parts: list[nn.Module] = [part for part in whole.modules() if part is whole or isinstance(part, PreTrainedModel)]
-    before = [(part, vars(part).get("forward")) for part in parts]
+    before = [(part, vars(part).get("forward"), part._forward_hooks, part._forward_pre_hooks) for part in parts]
     try:
         for part in parts:
             part.forward = given
+            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
         yield asked
     finally:
-        for part, forward in before:
+        for part, forward, hooks, pre_hooks in before:
+            part._forward_hooks, part._forward_pre_hooks = hooks, pre_hooks
             del part.forward
             if forward is not None:  # a hook of accelerate, which lies on the instance
                 part.forward = forward
