@@ -589,7 +589,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments, said):
         ("l", ["list"]),
         ("list ", ["methods", "attacks", "scorers", "data", "budgets"]),
         ("run --method rep", ["repo"]),
-        ("train --pairs b", ["builtin", "builtin-heldout", "builtin-validation", "builtin-pplm"]),
+        ("train --pairs b", ["builtin", "builtin-heldout", "builtin-validation", "builtin-pplm", "builtin-pplm-wikipedia"]),
         ("doctor --budget ", ["quick", "full"]),
         ("evaluate x --prompts r", ["rtp-challenge", "rtp-tuning"]),
         ("score x --scorer ", ["ngram", "perspective", "wordvec", "hf:", "perspective:"]),

@@ -35,8 +35,7 @@ def claimed(
     """Hold `folder`, in which `settings` are kept, for this process.
 
     may_change: dotted keys in which the settings that lie there may differ; read: what is done to those before they are
-    compared. Where the block raises before it has left a
-    file, the folder is as it was. Raises ExpungeError where it holds another run or something else, where another process
+    compared. Where the block raises before it has left a file, the folder is as it was. Raises ExpungeError where it holds another run or something else, where another process
     holds it, and where it cannot be written to.
     """
     _check(folder, settings, may_change, read)
@@ -149,11 +148,6 @@ def _check(
         inside.name not in (LOCK, BEGAN) and not inside.match(f"{CONFIG}.*.tmp") for inside in folder.iterdir()
     ):
         raise ExpungeError(f"{folder} is not empty and holds no run: choose another --out")
-
-
-def _is_begun(path: Path) -> bool:
-    """Is this what a process leaves that was killed at once?"""
-    return path.name in (LOCK, BEGAN) or path.match(f"{CONFIG}.*.tmp") or path.match(f"{BEGAN}.*.tmp")
 
 
 def _first_difference(there: Any, here: Any, path: str, ignore: Sequence[str]) -> str | None:

@@ -17,7 +17,7 @@ from expunge.attacks.tokens import Target
 from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import _quiet_inference
-from expunge.models import evaluating, frozen, sharing_copy
+from expunge.models import batching, check_model, evaluating, frozen, sharing_copy
 from expunge.provenance import peak_memory_bytes
 from expunge.registry import UnknownName
 
@@ -159,6 +159,9 @@ def test_an_attack_that_breaks_midway_leaves_both_models_as_they_were(
 ):
     """At the third pass through the victim's last block, or else when a step or the attack ends."""
     victim, reference, passes = tiny_model().train(), tiny_model(seed=1), []
+    for model in (victim, reference):  # as load_model does; it catches what a forward raises
+        check_model(model)
+        batching(model)
     victim.transformer.h[0].eval()
     victim.transformer.wpe.requires_grad_(False)
 

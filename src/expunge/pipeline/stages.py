@@ -53,9 +53,11 @@ def claim(folder: Path, config: RunConfig, **more: Any) -> Iterator[None]:
     settings = portable(dataclasses.asdict(config) | more)
     held = claimed(folder, settings, MEASURED, lambda there: restored(there, folder))
     with dated(folder), held if is_main_process() else contextlib.nullcontext():
-        if is_main_process():
+        if is_main_process() and not began(folder):
             keep_date(folder)
         yield
+        if is_main_process():  # where it lies now, once that is a run
+            keep_date(folder)
 
 
 def keep_date(folder: Path) -> None:
