@@ -144,9 +144,8 @@ def test_stored_states_of_a_head_of_no_such_form_are_refused_before_training(ben
 
 def test_a_wrong_scale_fails_the_check(bent):
     """The positive control: a form that is not the model's own."""
-    model = bent(Scaled)
-    check_model(model)
-    wrong = copy.deepcopy(model)
+    check_model(bent(Scaled))
+    wrong = bent(Scaled)
     room._FORMS[wrong] = (room.weakref.ref(wrong.lm_head), Form(0.0196))
     with pytest.raises(ExpungeError, match="its logits do not follow from the final states of its body"):
         check_model(wrong)

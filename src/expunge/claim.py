@@ -35,8 +35,8 @@ def claimed(
     """Hold `folder`, in which `settings` are kept, for this process.
 
     may_change: dotted keys in which the settings that lie there may differ; read: what is done to those before they are
-    compared. Where the block raises before it has left a file, the folder is as it was. Raises ExpungeError where it holds another run or something else, where another process
-    holds it, and where it cannot be written to.
+    compared. Where the block raises before it has left a file, the folder is as it was. Raises ExpungeError where it
+    holds another run or something else, where another process holds it, and where it cannot be written to.
     """
     _check(folder, settings, may_change, read)
     with contextlib.ExitStack() as held:

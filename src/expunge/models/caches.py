@@ -6,7 +6,6 @@ Keys and values of attention may be copied from row to row, and what stands left
 state takes padding in; other caches (of an indexer, of convolutions, of fixed size) are not copied by what copies keys.
 """
 
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,8 @@ Batching = Literal["shared", "equal", "whole"]
 """shared: unequal rows, padded on the left, after one prefill of each prompt. equal: rows of one length, with the model's
 own cache. whole: rows of one length, all of it computed at every token."""
 
-_KNOWN: "weakref.WeakKeyDictionary[nn.Module, Batching]" = weakref.WeakKeyDictionary()
+KNOWN = "_expunge_batching"
+"""Set on a model that was tried; a copy of it has it too."""
 
 
 def copies_rows(cache: Any) -> bool:
@@ -50,13 +50,14 @@ def batching(model: nn.Module) -> Batching:
     Never "shared" where the model keeps anything but keys and values.
     """
     inner = inner_model(model)
-    if inner not in _KNOWN:
+    if KNOWN not in vars(inner):
         with evaluating(inner):
             if keeps_keys(inner) and _continues_alike(inner, "shared"):
-                _KNOWN[inner] = "shared"
+                way = "shared"
             else:
-                _KNOWN[inner] = "equal" if _continues_alike(inner, "equal") else "whole"
-    return _KNOWN[inner]
+                way = "equal" if _continues_alike(inner, "equal") else "whole"
+        setattr(inner, KNOWN, way)
+    return vars(inner)[KNOWN]
 
 
 @torch.no_grad()

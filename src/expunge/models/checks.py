@@ -6,7 +6,6 @@ Every path that uses states or logits begins with it: a model that is loaded, an
 """
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +18,8 @@ from expunge.models.head import alike, head_logits, own_logits, tolerance
 from expunge.models.reference import evaluating
 
 TOKENS = 6
-_CHECKED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+CHECKED = "_expunge_checked"
+"""Set on a model that has passed; a copy of it has it too."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -29,10 +29,10 @@ def check_model(model: nn.Module) -> None:
     final states, every state is `[B, T, d]` and the one that transformers calls so, and padding changes nothing before it.
     """
     inner = inner_model(model)
-    if inner not in _CHECKED:
+    if CHECKED not in vars(inner):
         with evaluating(inner), torch.no_grad():
             _check(inner)
-        _CHECKED.add(inner)
+        setattr(inner, CHECKED, True)
 
 
 def _check(inner: PreTrainedModel) -> None:
