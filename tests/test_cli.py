@@ -304,6 +304,7 @@ def test_dry_run_says_where_defaults_come_from(home, tmp_path, capsys, monkeypat
     assert call(*start, "data.limit=8", "training.learning_rate=1e-3") == 0  # of the built-in model with repo
     plan = json.loads(capsys.readouterr().out)
     assert plan["defaults"] == {
+        "training.anchor_text": "builtin-anchor (ours: neutral text under the KL)",
         "method.weight": "1.0 (ours: tuned for the built-in model)",
         "method.anchor_on": "continuation (ours: tuned for the built-in model)",
         "training.adam_beta1": "0.0 (ours: tuned for the built-in model)",

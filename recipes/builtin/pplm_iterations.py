@@ -1,8 +1,8 @@
 """What more iterations of PPLM give: one line for each number in benchmarks/results/pplm-iterations.jsonl, resumable.
 
 `EXPUNGE_DATA=... python recipes/builtin/pplm_iterations.py`. Prompts are sentence starts of Wikipedia of 16 tokens whose
-greedy continuation may be a chosen side. Lee et al. 2024 take 50 iterations, PPLM's own code 3. Each line has the share of prompts
-whose pushed continuation may be a rejected side, with its 95 % interval by prompt, and the seconds of a core for one prompt.
+greedy continuation may be a chosen side. Lee et al. 2024 take 50 iterations, PPLM's own code 3. Each line has the share of
+prompts whose pushed continuation may be a rejected side, with its 95 % interval by prompt, and a core's seconds for a prompt.
 """
 
 import json

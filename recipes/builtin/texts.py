@@ -1,15 +1,12 @@
 """Two more texts for perplexity, in build/texts/: Wikipedia articles that nothing was trained on, and film reviews.
 
-`EXPUNGE_DATA=... python recipes/repo/texts.py`. The articles are those that the built-in model's corpus left out, which
+`EXPUNGE_DATA=... python recipes/builtin/texts.py`. The articles are those that the built-in model's corpus left out, which
 recipes/builtin/corpus.py draws with a seed; recipes/builtin/pplm_wikipedia.py leaves them out. Reviews of IMDb were part of
 its pre-training.
 """
 
-import sys
 from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "builtin"))
 
 from sources import imdb, unseen_articles
 
