@@ -2,7 +2,7 @@
 
 `EXPUNGE_DATA=... python recipes/builtin/pplm_iterations.py`. Prompts are sentence starts of Wikipedia of 16 tokens whose
 greedy continuation may be a chosen side. Lee et al. 2024 take 50 iterations, PPLM's own code 3. Each line has the share of
-prompts whose pushed continuation may be a rejected side, with its 95 % interval by prompt, and a core's seconds for a prompt.
+prompts whose pushed continuation may be a rejected side, with its 95 % interval by prompt, and seconds of a core a prompt.
 """
 
 import json
