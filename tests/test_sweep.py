@@ -343,6 +343,15 @@ def test_only_narrows_what_is_run_not_what_is_shown():
     assert found.table and [line.cells[-1].value for line in found.table.lines] == [None, 2, 1]
 
 
+def test_only_takes_a_label_that_holds_commas():
+    tree = yaml.safe_load(Path("recipe.yaml").read_text())
+    tree["grid"]["method"]["repo, plain"] = tree["grid"]["method"].pop("repo")
+    Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+    stub = Stub()
+    sweep(stub, only=["method=repo, plain", "seed=0"])
+    assert {config.method["name"] for config in stub.configs} == {"repo"}
+
+
 def test_what_a_cell_needed_to_resume_is_gone_when_it_is_done():
     stub = Stub(explode("repo"))
     sweep(stub)

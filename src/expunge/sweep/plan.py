@@ -124,7 +124,7 @@ def narrowed(groups: Sequence[Group], recipe: Recipe, only: Iterable[str]) -> tu
         axis, equals, labels = each.partition("=")
         if not equals or axis not in recipe.axes:
             raise ExpungeError(f"--only {each}: expected AXIS=LABEL,LABEL{did_you_mean(axis, recipe.axes)}")
-        for label in labels.split(","):
+        for label in [labels] if labels in recipe.axes[axis] else labels.split(","):  # a label may hold commas
             if label not in recipe.axes[axis]:
                 raise ExpungeError(f"--only {each}: {axis} has no {label!r}{did_you_mean(label, recipe.axes[axis])}")
             wanted.setdefault(axis, []).append(label)
