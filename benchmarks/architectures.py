@@ -126,7 +126,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 8, "num_key_value_heads": 4},
-    "xlstm": {"chunk_size": 1, "mode": "inference"},
+    "xlstm": {"chunk_size": 1, "mode": "inference", "hidden_size": 128, "embedding_dim": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
 
