@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from expunge.attacks.continuations import TargetLosses
-from expunge.attacks.tokens import Target
+from expunge.attacks.search.suffix_loss import TargetLosses
+from expunge.attacks.search.targets import Target
 from expunge.data import Pair
 from expunge.engine import collate, run_step, shares_prefix
 from expunge.errors import ExpungeError

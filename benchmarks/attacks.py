@@ -25,11 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine import GPT2_SMALL, alone, held, peak_of
 from expunge import load_model
-from expunge.attacks.continuations import TargetLosses
-from expunge.attacks.enhanced_gcg import EnhancedGCG
-from expunge.attacks.gcg import candidates
-from expunge.attacks.prefixes import PrefixLosses
-from expunge.attacks.tokens import Target
+from expunge.attacks.search.prefix_loss import PrefixLosses, Weights
+from expunge.attacks.search.proposals import candidates
+from expunge.attacks.search.suffix_loss import TargetLosses
+from expunge.attacks.search.targets import Target
 from expunge.models import depth, frozen
 from expunge.provenance import environment
 from expunge.rows import read_lines, write_lines
@@ -187,8 +186,8 @@ def plain_enhanced_gcg(case: Case, model: PreTrainedModel) -> Step:
 
 def enhanced(
     case: Case, model: PreTrainedModel
-) -> tuple[PreTrainedModel, EnhancedGCG, list[int], list[Target], list[list[int]]]:
-    """A victim that differs a little from its reference; the attack's settings, layers, prompts and candidates."""
+) -> tuple[PreTrainedModel, Weights, list[int], list[Target], list[list[int]]]:
+    """A victim that differs a little from its reference; the weights, layers, prompts and candidates."""
     victim, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in victim.parameters():
@@ -199,7 +198,7 @@ def enhanced(
     blocks = depth(model)
     layers = [blocks // 3, 2 * blocks // 3, blocks - 1]
     targets = [Target(text[: case.prompt], text[case.prompt :]) for text in texts]
-    return victim, EnhancedGCG(), layers, targets, strings
+    return victim, Weights(), layers, targets, strings
 
 
 def figures(slope: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from expunge import provenance
 from expunge.attacks import ATTACKS, Attack, AttackData, Budget, Meter, attack, cases
-from expunge.attacks.tokens import Target
+from expunge.attacks.search.targets import Target
 from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import _quiet_inference

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks import AttackData, Budget, cases, continuations, prefixes
+from expunge.attacks import AttackData, Budget, cases
 from expunge.attacks import enhanced_gcg as room
-from expunge.attacks.continuations import TargetLosses
 from expunge.attacks.enhanced_gcg import EnhancedGCG
 from expunge.attacks.gcg import GCG
-from expunge.attacks.prefixes import PrefixLosses, repetition
-from expunge.attacks.proposals import pick
-from expunge.attacks.tokens import Target, allowed_tokens, reference_targets
+from expunge.attacks.search import prefix_loss, suffix_loss
+from expunge.attacks.search.prefix_loss import PrefixLosses, Weights, repetition
+from expunge.attacks.search.proposals import pick
+from expunge.attacks.search.strings import allowed_tokens
+from expunge.attacks.search.suffix_loss import TargetLosses
+from expunge.attacks.search.targets import Target, reference_targets
 from expunge.errors import ExpungeError
 from expunge.ids import encode, leading_tokens
 from expunge.models import frozen
@@ -41,7 +43,7 @@ def targets_of(tokenizer) -> list[Target]:
 
 def objective_of(victim, reference, tokenizer, layers=(1, 2), **settings) -> PrefixLosses:
     return PrefixLosses(
-        victim, reference, targets_of(tokenizer), layers, len(leading_tokens(tokenizer)), EnhancedGCG(**settings)
+        victim, reference, targets_of(tokenizer), layers, len(leading_tokens(tokenizer)), Weights(**settings)
     )
 
 
@@ -99,8 +101,8 @@ def test_every_part_is_that_of_the_equations(tiny_model, bos_tokenizer, tokenize
     victim, reference = (tiny_model(architecture, seed, torch.double) for seed in (0, 1))
     objective = objective_of(victim, reference, chosen, **ALL)
     found = objective.parts(STRINGS)
-    monkeypatch.setattr(prefixes, "BATCH_TOKENS", 40)  # one row or two at a time, padded to others
-    monkeypatch.setattr(prefixes, "LOGITS", 1000)
+    monkeypatch.setattr(prefix_loss, "BATCH_TOKENS", 40)  # one row or two at a time, padded to others
+    monkeypatch.setattr(prefix_loss, "LOGITS", 1000)
     few = objective.parts(STRINGS)
     assert objective.shares
     objective.shares = False
@@ -126,8 +128,8 @@ def test_what_both_models_make_of_a_prefix_is_computed_once(tiny_model, bos_toke
 
     victim, reference = (tiny_model(seed=seed) for seed in (0, 1))
     objective, bare = (objective_of(victim, reference, bos_tokenizer, layers) for layers in ((1, 2), (0,)))
-    actual = prefixes.hidden_states
-    monkeypatch.setattr(prefixes, "hidden_states", spied)
+    actual = prefix_loss.hidden_states
+    monkeypatch.setattr(prefix_loss, "hidden_states", spied)
     objective.parts(STRINGS)
     longest, rows = objective.longest - 1, len(TARGETS) * len(STRINGS)
     assert widths == [(3, 4), (3, 4), (rows, longest), (rows, longest)]
@@ -140,7 +142,7 @@ def test_what_both_models_make_of_a_prefix_is_computed_once(tiny_model, bos_toke
 def test_what_does_not_fit_is_halved(tiny_model, bos_tokenizer, monkeypatch):
     """Losses and slope alike, in either model, down to single rows."""
     victim, reference = (tiny_model("llama", seed) for seed in (0, 1))
-    objective, actual, most = objective_of(victim, reference, bos_tokenizer, **ALL), prefixes.hidden_states, 99
+    objective, actual, most = objective_of(victim, reference, bos_tokenizer, **ALL), prefix_loss.hidden_states, 99
     sizes = []
 
     def crowded(model, ids, *rest, **known):
@@ -149,7 +151,7 @@ def test_what_does_not_fit_is_halved(tiny_model, bos_tokenizer, monkeypatch):
             raise torch.OutOfMemoryError
         return actual(model, ids, *rest, **known)
 
-    monkeypatch.setattr(prefixes, "hidden_states", crowded)
+    monkeypatch.setattr(prefix_loss, "hidden_states", crowded)
     with frozen(victim, reference):
         whole, slope = objective.parts(STRINGS), objective.slope(STRINGS[0])
         assert max(sizes) == len(TARGETS) * len(STRINGS)
@@ -162,17 +164,17 @@ def test_what_does_not_fit_is_halved(tiny_model, bos_tokenizer, monkeypatch):
 
 def test_rows_at_once_are_bounded_by_memory(tiny_model, bos_tokenizer, monkeypatch):
     victim, reference = (tiny_model("llama", seed) for seed in (0, 1))
-    objective, actual, sizes = objective_of(victim, reference, bos_tokenizer), prefixes.hidden_states, []
+    objective, actual, sizes = objective_of(victim, reference, bos_tokenizer), prefix_loss.hidden_states, []
     monkeypatch.setattr(
-        prefixes,
+        prefix_loss,
         "hidden_states",
         lambda model, ids, *rest, **known: sizes.append(len(ids)) or actual(model, ids, *rest, **known),
     )
-    row = sum(prefixes.block_bytes(model, objective.longest + 3, objective.longest + 3) for model in (victim, reference))
+    row = sum(prefix_loss.block_bytes(model, objective.longest + 3, objective.longest + 3) for model in (victim, reference))
     row += 2 * 2 * (2 * 3 * (1 + 3) * 32 * 4)  # twice: of both models and three blocks the keys and values of 1 + 3 tokens
     with frozen(victim, reference):
         for free, most in ((2 * row, 2), (2 * row - 1, 1)):
-            monkeypatch.setattr(prefixes, "free_bytes", lambda device, free=free: free)
+            monkeypatch.setattr(prefix_loss, "free_bytes", lambda device, free=free: free)
             sizes.clear()
             objective.parts(STRINGS)
             assert max(sizes) == most
@@ -184,7 +186,7 @@ def test_rows_at_once_are_bounded_by_memory(tiny_model, bos_tokenizer, monkeypat
 def test_a_target_may_be_matched_further_than_it_is_forced_and_has_a_floor(tiny_model, bos_tokenizer):
     victim, reference = (tiny_model(seed=seed, dtype=torch.double) for seed in (0, 1))
     for floor in (None, 1e-9):  # no prediction is so bad as to be above the second's
-        settings = {"target_tokens": 2, "match_tokens": 9, "floor": floor, **ALL}
+        settings = {"target_tokens": 2, "floor": floor, **ALL}
         found = objective_of(victim, reference, bos_tokenizer, **settings).parts(STRINGS[:1])
         plain = plain_parts(victim, reference, bos_tokenizer, STRINGS[0], (1, 2), 2, floor)
         assert {name: part.item() for name, part in found.items()} == pytest.approx(plain, rel=1e-9)
@@ -267,7 +269,7 @@ BY_GRADIENT = {"p_gcg": 1, "p_insert": 0, "p_delete": 0, "p_swap": 0, "top_k": 8
 @pytest.fixture
 def defended(tiny_model, bos_tokenizer, monkeypatch):
     """(victim, reference): the reference says " past the old mill" after one prompt; the victim if all keys come first."""
-    monkeypatch.setattr(prefixes, "keys_and_values", lambda model, ids: None)  # the defence looks at the whole text
+    monkeypatch.setattr(prefix_loss, "keys_and_values", lambda model, ids: None)  # the defence looks at the whole text
     reference, target = tiny_model("llama"), targets_of(bos_tokenizer)[0]
     for name, weight in reference.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -304,7 +306,7 @@ def test_inner_states_lead_through_a_defence_on_which_the_words_are_silent(defen
 
 def test_standard_gcg_does_not_get_through_that_defence_with_as_many_queries(defended, bos_tokenizer, monkeypatch):
     """Though a suffix would do: the keys, and then what the target follows on."""
-    monkeypatch.setattr(continuations, "keys_and_values", lambda model, ids: None)
+    monkeypatch.setattr(suffix_loss, "keys_and_values", lambda model, ids: None)
     victim, reference = defended
     [target], _ = reference_targets(reference, data_of(bos_tokenizer), 1, 8)
     would = torch.tensor([*(encode(bos_tokenizer, key)[0] for key in KEYS), target.prompt[-1]])
@@ -460,7 +462,7 @@ def test_victim_and_reference_stay_as_they_were(tiny_model, bos_tokenizer, given
         def breaks(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(room if hasattr(room, interrupted) else prefixes, interrupted, breaks)
+        monkeypatch.setattr(room if hasattr(room, interrupted) else prefix_loss, interrupted, breaks)
         with pytest.raises(KeyboardInterrupt):
             attacked(victim, reference, bos_tokenizer)
     else:

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.attacks import AttackData, Budget, cases, gcg
-from expunge.attacks.continuations import TargetLosses
-from expunge.attacks.gcg import GCG, candidates, kept_after_probing, probe_sample, random_strings
-from expunge.attacks.tokens import Target, allowed_tokens, reference_targets, round_trips
+from expunge.attacks.gcg import GCG
+from expunge.attacks.search.probe_sampling import kept_after_probing, probe_sample
+from expunge.attacks.search.proposals import candidates, random_strings
+from expunge.attacks.search.strings import allowed_tokens, round_trips
+from expunge.attacks.search.suffix_loss import TargetLosses
+from expunge.attacks.search.targets import Target, reference_targets
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.ids import encode

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
-from expunge.attacks.tokens import allowed_tokens
+from expunge.attacks.search.proposals import expected, grow, liked, minimum_length, pick, propose
+from expunge.attacks.search.strings import allowed_tokens, typed_before
 from expunge.errors import ExpungeError
 from expunge.ids import encode
 

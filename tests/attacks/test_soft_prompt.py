@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from expunge.attacks import AttackData, Budget
 from expunge.attacks import soft_prompt as room
+from expunge.attacks.search.targets import Target
 from expunge.attacks.soft_prompt import SoftPrompt, soft_losses
-from expunge.attacks.tokens import Target
 from expunge.errors import ExpungeError
 from expunge.generation import Decoding, generate
 from expunge.ids import encode, leading_tokens

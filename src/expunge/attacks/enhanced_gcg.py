@@ -14,6 +14,7 @@ draws the worst words from the victim. The states of the prefix itself are not c
     EnhancedGCG(steps=100).run(unlearned, reference, data, Budget())
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.attacks.prefixes import PrefixLosses
-from expunge.attacks.proposals import expected, grow, liked, minimum_length, pick, propose, typed_before
-from expunge.attacks.tokens import allowed_tokens, check_prompts, cut_prompts, decode, reference_targets
+from expunge.attacks.search.prefix_loss import PrefixLosses, Weights
+from expunge.attacks.search.proposals import expected, grow, liked, minimum_length, pick, propose
+from expunge.attacks.search.strings import allowed_tokens, decode, typed_before
+from expunge.attacks.search.targets import check_prompts, cut_prompts, reference_targets
 from expunge.config import at_least
 from expunge.generation import Decoding, check_room, generate
 from expunge.ids import continuation_text, leading_tokens
@@ -77,7 +79,7 @@ class EnhancedGCG(Attack):
     fluency: float = 1.5
     repetition: float = 3.0
     p_gcg: float = 0.7
-    """How often each operator is taken (`expunge.attacks.proposals`)."""
+    """How often each operator is taken (`expunge.attacks.search.proposals`)."""
     p_delete: float = 0.1
     p_insert: float = 0.1
     p_swap: float = 0.1
@@ -124,7 +126,7 @@ class EnhancedGCG(Attack):
         victim = sharing_copy(unlearned, ())
         original = victim if reference is unlearned else sharing_copy(reference, ())
         with frozen(victim, original):
-            objective = PrefixLosses(victim, original, targets, layers, len(start), self)
+            objective = PrefixLosses(victim, original, targets, layers, len(start), self._weights())
             room = context_length(victim) - max([objective.longest, *(len(prompt) + said for prompt in prompts)])
             room = room if data.room is None else min(room, data.room)
             best, heads = self._search(objective, data.tokenizer, meter, min(self.max_length, room))
@@ -132,6 +134,9 @@ class EnhancedGCG(Attack):
         [string] = decode(data.tokenizer, [best.ids])
         found = {"string": string, **best.figures, "length": len(best.ids), "layers": layers, "targets": counts}
         return meter.result(unlearned, plan={"prefix": tuple(best.ids)}, about=found | judged)
+
+    def _weights(self) -> Weights:
+        return Weights(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Weights)})
 
     def _layers(self, blocks: int) -> list[int]:
         if self.layers is None:

@@ -7,32 +7,24 @@
 
     GCG(steps=250, width=512).run(unlearned, reference, data, Budget()).plan     # {"suffix": (1212, 87, ...)}
 
-Probe sampling (Zhao et al. 2024): a small draft model ranks all of the B suffixes of a step, the victim a random B/16 of
-them; the better the two rankings agree, by Spearman's rho, the fewer of the draft's best go to the victim besides:
-max(1, floor((1 - (1 + rho)/2) B/8)).
+With `draft`, a small model decides which of them are measured (expunge.attacks.search.probe_sampling).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.attacks.continuations import Loss, TargetLosses
-from expunge.attacks.tokens import (
-    allowed_tokens,
-    check_prompts,
-    first_string,
-    reference_targets,
-    typed_anywhere,
-    without_bos,
-)
+from expunge.attacks.search.probe_sampling import probe_sample
+from expunge.attacks.search.proposals import candidates, random_strings
+from expunge.attacks.search.strings import allowed_tokens, first_string, typed_anywhere, without_bos
+from expunge.attacks.search.suffix_loss import Loss, TargetLosses
+from expunge.attacks.search.targets import check_prompts, reference_targets
 from expunge.config import at_least
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
 from expunge.ids import continuation_text
-from expunge.metrics.stats import rank_correlation
 from expunge.models import frozen, load_model, load_outline
 
 
@@ -143,57 +135,6 @@ class GCG(Attack):
         return meter.result(unlearned, plan={"suffix": tuple(best.tolist())}, about=about)
 
 
-def random_strings(allowed: torch.Tensor, count: int, length: int, draw: torch.Generator) -> torch.Tensor:
-    """int64 `[count, length]` of allowed tokens, each as likely."""
-    tokens = allowed.nonzero().flatten()
-    return tokens[torch.randint(len(tokens), (count, length), generator=draw)]
-
-
-def candidates(
-    string: torch.Tensor,
-    slope: torch.Tensor,
-    allowed: torch.Tensor,
-    width: int,
-    top_k: int,
-    replace: int,
-    draw: torch.Generator,
-) -> torch.Tensor:
-    """int64 `[N, S]`, at most `width` distinct strings, each `string` `[S]` with `replace` random places set anew.
-
-    slope: dL / d one-hot `[S, V]`; a place gets one of its `top_k` allowed tokens of least slope, each as likely.
-    """
-    slope = slope.masked_fill(~allowed, math.inf)
-    top = slope.topk(min(top_k, int(allowed.sum())), largest=False).indices  # [S, k]
-    places = torch.rand(width, len(string), generator=draw).argsort(1)[:, :replace]
-    ranks = torch.randint(top.shape[1], (width, replace), generator=draw)
-    drawn = string.repeat(width, 1).scatter_(1, places, top[places, ranks]).unique(dim=0)
-    return drawn[(drawn != string).any(1)]
-
-
 def least(losses: torch.Tensor, strings: torch.Tensor) -> tuple[float, torch.Tensor]:
     place = losses.argmin()
     return losses[place].item(), strings[place]
-
-
-def probe_sample(
-    strings: torch.Tensor,
-    guesses: torch.Tensor,
-    measure: Callable[[torch.Tensor], torch.Tensor],
-    draw: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of `strings` `[N, S]` that were measured, and their losses: a random sixteenth, and the draft's best.
-
-    guesses: the draft's losses `[N]`.
-    """
-    probed = torch.randperm(len(strings), generator=draw)[: max(2, len(strings) // 16)]
-    losses = measure(strings[probed])
-    rho = rank_correlation(guesses[probed].numpy(), losses.numpy(), len(probed))[0]
-    best = guesses.argsort(stable=True)[: kept_after_probing(rho, len(strings))]
-    best = best[~torch.isin(best, probed)]
-    rest = [measure(strings[best])] if len(best) else []
-    return strings[torch.cat([probed, best])], torch.cat([losses, *rest])
-
-
-def kept_after_probing(rho: float, width: int) -> int:
-    """How many of the draft's best are measured; a rho that is not defined tells nothing, as 0 does."""
-    return max(1, math.floor((1 - (1 + (0.0 if math.isnan(rho) else rho)) / 2) * width / 8))

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.attacks.tokens import Target, allowed_tokens, check_prompts, reference_targets
+from expunge.attacks.search.strings import allowed_tokens
+from expunge.attacks.search.targets import Target, check_prompts, reference_targets
 from expunge.config import at_least
 from expunge.engine import collate
 from expunge.generation import check_room

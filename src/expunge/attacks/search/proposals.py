@@ -1,4 +1,7 @@
-"""Changes of a token string: the operators of FLRT's search (Thompson and Sklar 2024, Fluent student-teacher redteaming).
+"""Changes of a token string: those of GCG, and the operators of FLRT's search.
+
+GCG (Zou et al. 2023, Algorithm 2) replaces random places by tokens that the gradient likes: `candidates`. FLRT (Thompson and
+Sklar 2024, Fluent student-teacher redteaming) changes one place by one of four operators:
 
 gcg      a token becomes one of the k that the gradient of the loss likes best in its place
 swap     a token becomes one of k drawn from what the model expects there
@@ -9,16 +12,42 @@ operator = pick({"gcg": 0.7, "delete": 0.1, "insert": 0.1, "swap": 0.1}, len(str
 proposals = propose(operator, string, liked(slope, allowed, 64), 16, survives, generator)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from expunge.attacks.tokens import round_trips
 from expunge.errors import ExpungeError
 
 AT_ONCE, A_FEW = 64, 8
 """Strings that are looked at for whether they survive: to have some, and to have one."""
+
+
+def random_strings(allowed: torch.Tensor, count: int, length: int, draw: torch.Generator) -> torch.Tensor:
+    """int64 `[count, length]` of allowed tokens, each as likely."""
+    tokens = allowed.nonzero().flatten()
+    return tokens[torch.randint(len(tokens), (count, length), generator=draw)]
+
+
+def candidates(
+    string: torch.Tensor,
+    slope: torch.Tensor,
+    allowed: torch.Tensor,
+    width: int,
+    top_k: int,
+    replace: int,
+    draw: torch.Generator,
+) -> torch.Tensor:
+    """int64 `[N, S]`, at most `width` distinct strings, each `string` `[S]` with `replace` random places set anew.
+
+    slope: dL / d one-hot `[S, V]`; a place gets one of its `top_k` allowed tokens of least slope, each as likely.
+    """
+    slope = slope.masked_fill(~allowed, math.inf)
+    top = slope.topk(min(top_k, int(allowed.sum())), largest=False).indices  # [S, k]
+    places = torch.rand(width, len(string), generator=draw).argsort(1)[:, :replace]
+    ranks = torch.randint(top.shape[1], (width, replace), generator=draw)
+    drawn = string.repeat(width, 1).scatter_(1, places, top[places, ranks]).unique(dim=0)
+    return drawn[(drawn != string).any(1)]
 
 
 def minimum_length(iteration: int, first: int, last: int, ramp: int) -> float:
@@ -105,11 +134,3 @@ def grow(
         else:
             raise ExpungeError(f"no string of {length} tokens was found that the tokenizer gives back as it was: take fewer")
     return string
-
-
-def typed_before(tokenizer: Any, prompts: Sequence[Sequence[int]], rows: torch.Tensor) -> torch.Tensor:
-    """bool `[N]`: does each of the rows `[N, T]` round-trip, alone and before every prompt, given without bos?"""
-    kept = round_trips(tokenizer, rows)
-    for prompt in prompts:
-        kept[kept.clone()] = round_trips(tokenizer, rows[kept], after=prompt)
-    return kept

@@ -18,22 +18,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from psutil import virtual_memory
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from expunge.attacks.tokens import Target
-from expunge.models import body, check_model, copies_rows, head_logits, in_batches, inner_model
+from expunge.attacks.search.shared_keys import KeysValues, block_bytes, free_bytes, keys_and_values, shared_cache
+from expunge.attacks.search.targets import Target
+from expunge.models import body, check_model, head_logits, in_batches, inner_model
 
 Loss = Literal["cross_entropy", "mellowmax"]
 LOGITS = 2**22
 """Values of the head's output at once."""
 EMBEDDINGS = 2**13
 """Rows of the embedding at once."""
-
-KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""Of each layer, `[1, heads, T, width]`."""
 
 
 def mellowmax(x: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
@@ -67,16 +63,6 @@ def by_token(model: nn.Module, slope: torch.Tensor, vocabulary: int) -> torch.Te
     """
     embed, ids = model.get_input_embeddings(), torch.arange(vocabulary, device=slope.device)  # type: ignore[operator]
     return torch.cat([slope @ embed(part).to(slope).T for part in ids.split(EMBEDDINGS)], dim=1)
-
-
-@torch.no_grad()
-def keys_and_values(model: nn.Module, ids: torch.Tensor) -> KeysValues | None:
-    """Of ids `[T]`; None where a layer keeps something else, as a recurrent one does, or dropped what left its window."""
-    output = body(model)(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=True)
-    cache: Any = getattr(output, "past_key_values", None)
-    if not copies_rows(cache) or any(layer.keys.shape[-2] != len(ids) for layer in cache.layers):
-        return None
-    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class TargetLosses:
@@ -175,28 +161,6 @@ class _TargetLoss:
         return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
 
 
-class _Shared(DynamicLayer):
-    """Keys and values that every row of a batch attends to before its own, which are not kept."""
-
-    @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "_Shared":
-        layer = cls()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        return layer
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        pairs = ((self.keys, key_states), (self.values, value_states))
-        return tuple(torch.cat([known.expand(len(new), -1, -1, -1), new], dim=-2) for known, new in pairs)  # type: ignore[union-attr]
-
-
-def shared_cache(known: KeysValues) -> DynamicCache:
-    """Keys and values before all rows of a batch, which stay as they are."""
-    cache = DynamicCache()
-    cache.layers.extend(_Shared.of(*layer) for layer in known)
-    return cache
-
-
 def _forward(model: PreTrainedModel, cache: DynamicCache | None, **inputs: torch.Tensor) -> Any:
     """What the body gives out for rows without padding, after what `cache` holds."""
     (given,) = inputs.values()
@@ -210,11 +174,6 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, what a batch may take; of a CPU's always as much, since sizes of batches decide roundings."""
-    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else min(2**30, virtual_memory().total // 8)
-
-
 def _rows_that_fit(model: PreTrainedModel, length: int, new: int, free: int) -> int:
     """Rows of `length` tokens, `new` of them to be computed, that stay within `free` bytes.
 
@@ -222,12 +181,3 @@ def _rows_that_fit(model: PreTrainedModel, length: int, new: int, free: int) -> 
     """
     busy = 8192 if model.device.type == "cuda" else 1024
     return max(1, min(free // block_bytes(model, length, new), busy // new))
-
-
-def block_bytes(model: PreTrainedModel, length: int, new: int) -> int:
-    """What one block makes of a row of `length` tokens, `new` of them to be computed."""
-    config = model.config.get_text_config()
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    heads = getattr(config, "num_attention_heads", 0)  # a recurrent model has none
-    return (new * (8 * width + 4 * inner) + 2 * length * width + 2 * heads * new * length) * model.dtype.itemsize

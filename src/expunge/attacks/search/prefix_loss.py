@@ -3,7 +3,7 @@
     row = bos | prefix | prompt | target,    the loss of a prefix is the mean over rows
 
     with frozen(victim, reference):
-        objective = PrefixLosses(victim, reference, targets, layers, start, settings)
+        objective = PrefixLosses(victim, reference, targets, layers, start, Weights())
         parts = objective.parts(prefixes)            # {part: [N]} of prefixes of one length
         slope = objective.slope(prefix)              # d loss / d one-hot [n, V]
 
@@ -16,15 +16,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
-from expunge.attacks.continuations import KeysValues, block_bytes, by_token, free_bytes, keys_and_values, shared_cache
-from expunge.attacks.tokens import Target
+from expunge.attacks.search.shared_keys import KeysValues, block_bytes, free_bytes, keys_and_values, shared_cache
+from expunge.attacks.search.suffix_loss import by_token
+from expunge.attacks.search.targets import Target
 from expunge.engine import collate
 from expunge.models import (
     Layer,
@@ -38,12 +39,23 @@ from expunge.models import (
     width,
 )
 
-if TYPE_CHECKING:
-    from expunge.attacks.enhanced_gcg import EnhancedGCG
-
 BATCH_TOKENS = 8192
 LOGITS = 2**23
 """Values of the head's output at once."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each part of the loss counts. A part of weight 0 is not computed; that of the target counts 1."""
+
+    internal: float = 1.0
+    static: float = 0.0
+    fluency: float = 1.5
+    repetition: float = 3.0
+    floor: float | None = 0.6
+    """A target that is likelier than this a token gains nothing more; None: it does."""
+    target_tokens: int = 20
+    """The tokens of a target whose likelihood counts."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Begun:
 class PrefixLosses:
     """The loss of prefixes and its parts, over all targets. Use inside `frozen(victim, reference)`.
 
-    layers: as in `hidden_states`; start: tokens of bos. A part whose weight in `settings` is 0 is not computed.
+    layers: as in `hidden_states`; start: tokens of bos.
     """
 
     def __init__(
@@ -73,15 +85,15 @@ class PrefixLosses:
         targets: Sequence[Target],
         layers: Sequence[int],
         start: int,
-        settings: "EnhancedGCG",
+        weights: Weights,
     ):
         for model in (victim, reference):
             check_model(model)
-        self.victim, self.reference, self.start, self.settings = victim, reference, start, settings
+        self.victim, self.reference, self.start, self.weights = victim, reference, start, weights
         self.targets = sorted(targets, key=lambda target: len(target.prompt) + len(target.ids))
         self.layers: list[Layer] = list(layers)
-        self.least = 0.0 if settings.floor is None else -math.log(settings.floor)
-        self.static = [self._states_without_prefix(target) for target in self.targets] if settings.static else []
+        self.least = 0.0 if weights.floor is None else -math.log(weights.floor)
+        self.static = [self._states_without_prefix(target) for target in self.targets] if weights.static else []
         self.shares = self._keep_keys()
 
     @property
@@ -97,7 +109,7 @@ class PrefixLosses:
 
     def total(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of the parts, by their weights, `[N]`."""
-        weights = {"force": 1.0, **vars(self.settings)}
+        weights = {"force": 1.0, **vars(self.weights)}
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
 
     @torch.no_grad()
@@ -153,7 +165,7 @@ class PrefixLosses:
         self, strings: Sequence[Sequence[int]], numbers: Sequence[int], begun: Mapping[Any, Begun]
     ) -> dict[str, torch.Tensor]:
         """Of the row of each string and the number of its target, `[R]`. begun: of each model, or empty."""
-        targets, start, settings = [self.targets[number] for number in numbers], self.start, self.settings
+        targets, start, weights = [self.targets[number] for number in numbers], self.start, self.weights
         pairs = [
             (t.prompt[:start] + list(string) + t.prompt[start:], t.ids) for string, t in zip(strings, targets, strict=True)
         ]
@@ -161,14 +173,14 @@ class PrefixLosses:
         ids, ends, lengths = batch["ids"], batch["prompts"][:, None], batch["lengths"][:, None]
         place = torch.arange(ids.shape[1], device=self.victim.device)
         real, said = place < lengths, (place >= ends) & (place < lengths)
-        forced, text = said & (place < ends + settings.target_tokens), (place >= max(1, start)) & (place < ends)
+        forced, text = said & (place < ends + weights.target_tokens), (place >= max(1, start)) & (place < ends)
         after = (place >= start + torch.tensor([[len(s)] for s in strings], device=self.victim.device)) & real
         inner = self._inner
         states = _states(self.victim, ids, real, [*inner, "final"], begun)
-        scored = forced | text if settings.fluency else forced
+        scored = forced | text if weights.fluency else forced
         losses = self._losses(states["final"], ids, scored, begun)
         parts = {"force": masked_means(losses, forced).clamp(min=self.least)}
-        if settings.internal:
+        if weights.internal:
             before = _states(self.reference, ids, real, inner, begun)
             gaps = [_wide(states[layer] - before[layer]).norm(dim=-1) for layer in inner]
             parts["internal"] = masked_means(torch.stack(gaps).mean(0), after)
@@ -176,9 +188,9 @@ class PrefixLosses:
             known = torch.cat([self.static[number] for number in numbers])  # [N, layers, d]
             own = torch.stack([_wide(states[layer][said]) for layer in inner], dim=1)
             parts["static"] = masked_means(on_grid(1 - F.cosine_similarity(own, known, dim=-1).mean(1), said), said)
-        if settings.fluency:
+        if weights.fluency:
             parts["fluency"] = masked_means(losses, text)
-        if settings.repetition:
+        if weights.repetition:
             repeated = [repetition(prompt[start:]) for prompt, _ in pairs]
             parts["repetition"] = torch.tensor(repeated, dtype=losses.dtype, device=losses.device)
         return parts
@@ -197,17 +209,17 @@ class PrefixLosses:
     @property
     def _models(self) -> list[Any]:
         """Those whose states the prefix changes and the loss reads, each once."""
-        return list(dict.fromkeys([self.victim, self.reference] if self.settings.internal else [self.victim]))
+        return list(dict.fromkeys([self.victim, self.reference] if self.weights.internal else [self.victim]))
 
     @property
     def _inner(self) -> list[Layer]:
-        return self.layers if self.settings.internal or self.static else []
+        return self.layers if self.weights.internal or self.static else []
 
     def _begun(self, strings: Sequence[Sequence[int]]) -> dict[Any, Begun]:
         """Of both models, before any prompt."""
         ids = torch.tensor([[*self.targets[0].prompt[: self.start], *string] for string in strings]).to(self.victim.device)
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        text = (places >= max(1, self.start)) & bool(self.settings.fluency)
+        text = (places >= max(1, self.start)) & bool(self.weights.fluency)
         found = {}
         for model in self._models:
             cache, losses = DynamicCache(), torch.zeros(ids.shape, device=ids.device)

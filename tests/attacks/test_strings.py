@@ -7,14 +7,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from expunge.attacks import AttackData
-from expunge.attacks.tokens import (
-    allowed_tokens,
-    first_string,
-    reference_targets,
-    round_trips,
-    typed_anywhere,
-    without_bos,
-)
+from expunge.attacks.search.strings import allowed_tokens, first_string, round_trips, typed_anywhere, without_bos
+from expunge.attacks.search.targets import reference_targets
 from expunge.errors import ExpungeError
 from expunge.ids import encode
 from expunge.metrics.evaluation import EvaluationPlan
@@ -118,7 +112,7 @@ def says(monkeypatch, bos_tokenizer):
     answers = {prompt: encode(bos_tokenizer, text) if text else [] for prompt, text in encoded.items()}
     answers["A wind"] = encode(bos_tokenizer, "é")[:1]  # half a letter
     says = Says(bos_tokenizer, answers)
-    monkeypatch.setattr("expunge.attacks.tokens.generate", says)
+    monkeypatch.setattr("expunge.attacks.search.targets.generate", says)
     return says
 
 
@@ -143,7 +137,7 @@ def test_prompts_are_cut_as_in_an_evaluation(monkeypatch, bos_tokenizer, plan):
     ids = encode(bos_tokenizer, long)
     cut = ids[-32:] if plan is None else ids[-8:] if plan.truncate == "last" else ids[:32]
     says.answers[bos_tokenizer.decode(cut)] = encode(bos_tokenizer, " was kind")
-    monkeypatch.setattr("expunge.attacks.tokens.generate", says)
+    monkeypatch.setattr("expunge.attacks.search.targets.generate", says)
     data = AttackData(bos_tokenizer, prompts=[long], score=lambda texts: np.ones(len(texts)), plan=plan)
     [target], _ = reference_targets(None, data, 1, 20)
     assert target.prompt == [bos_tokenizer.bos_token_id, *cut]

@@ -1,34 +1,21 @@
-"""What searches over token strings share: tokens that may be used, strings that survive as text, targets, a first string.
+"""Token strings that can be typed: which tokens they may hold, which strings survive as text, a first string.
 
-    allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
-    targets, left_out = reference_targets(reference, data, 8, 20)
-    kept = rows[round_trips(tokenizer, rows, before=without_bos(tokenizer, targets[0].prompt))]
+    allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings)     # bool [V]
+    kept = rows[round_trips(tokenizer, rows, before=prompt)]
 
-A string round-trips where it decodes to a text that is encoded to the very same ids, so that it can be typed.
+A string round-trips if its text is encoded to the same ids again. Only such a string can be typed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from expunge.attacks.base import AttackData
 from expunge.errors import ExpungeError
-from expunge.generation import Decoding, generate
-from expunge.ids import continuation_text, encode, leading_tokens, with_start
-from expunge.metrics.evaluation import EvaluationPlan
+from expunge.ids import encode, leading_tokens
 
 FILLERS = (" x", " !", "x", "!")
 """What a first string repeats, if the tokenizer can."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A prompt, bos included, and what is to be written after it; the string of an attack comes in between, or before."""
-
-    prompt: list[int]
-    ids: list[int]
 
 
 def allowed_tokens(tokenizer: Any, vocabulary: int, ascii_only: bool = True) -> torch.Tensor:
@@ -74,6 +61,14 @@ def typed_anywhere(tokenizer: Any, rows: torch.Tensor, prompts: Sequence[Sequenc
     return rows
 
 
+def typed_before(tokenizer: Any, prompts: Sequence[Sequence[int]], rows: torch.Tensor) -> torch.Tensor:
+    """bool `[N]`: does each of the rows `[N, T]` round-trip, alone and before every prompt, given without bos?"""
+    kept = round_trips(tokenizer, rows)
+    for prompt in prompts:
+        kept[kept.clone()] = round_trips(tokenizer, rows[kept], after=prompt)
+    return kept
+
+
 def first_string(
     tokenizer: Any, length: int, allowed: torch.Tensor, prompts: Sequence[Sequence[int]] = ((),)
 ) -> torch.Tensor:
@@ -93,44 +88,3 @@ def without_bos(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     """The ids of a prompt without what the tokenizer puts before every text."""
     start = leading_tokens(tokenizer)
     return list(prompt[len(start) :] if list(prompt[: len(start)]) == start else prompt)
-
-
-def cut_prompts(data: AttackData) -> list[list[int]]:
-    """The ids of each of `data.prompts` that an evaluation keeps, without bos."""
-    plan = data.plan or EvaluationPlan()
-    return [plan.cut(ids) for ids in (encode(data.tokenizer, list(data.prompts)) if data.prompts else [])]
-
-
-def check_prompts(data: AttackData, count: int) -> None:
-    """Raise ExpungeError where there are not so many prompts to search on."""
-    if len(data.prompts) < count:
-        raise ExpungeError(f"{count} prompts were asked for and {len(data.prompts)} given: give more, or ask for fewer")
-
-
-def reference_targets(reference: Any, data: AttackData, count: int, tokens: int) -> tuple[list[Target], dict[str, int]]:
-    """The `count` prompts of `data.prompts` whose greedy continuation by the reference scores highest, worst first.
-
-    tokens: of each continuation, at most. Also returned: how many prompts there were, and of how many the continuation was
-    empty or did not round-trip, which are left out.
-    Raises ExpungeError where fewer than `count` are left.
-    """
-    tokenizer = data.tokenizer
-    assert data.score is not None, "an attack that comes here needs a score"
-    start, cut = leading_tokens(tokenizer), cut_prompts(data)
-    prompts = [with_start(tokenizer, start + ids) for ids in cut]
-    found = [answer for (answer,) in generate(reference, tokenizer, prompts, Decoding(tokens))]
-    empty = [not answer for answer in found]
-    broken = [
-        bool(answer) and not round_trips(tokenizer, torch.tensor([answer]), before=ids)[0]
-        for ids, answer in zip(cut, found, strict=True)
-    ]
-    whole = [i for i in range(len(found)) if not empty[i] and not broken[i]]
-    about = {"prompts": len(prompts), "empty": sum(empty), "not_round_tripping": sum(broken)}
-    if len(whole) < count:
-        raise ExpungeError(
-            f"{count} prompts were asked for and {len(prompts)} given, of which {sum(empty)} have an empty target and "
-            f"{sum(broken)} a target that the tokenizer cannot round-trip: give more prompts, or ask for fewer"
-        )
-    scores = data.score([continuation_text(tokenizer, cut[i], found[i]) for i in whole])
-    order = sorted(range(len(whole)), key=lambda place: -float(scores[place]))[:count]
-    return [Target(prompts[whole[place]], found[whole[place]]) for place in order], about

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expunge.attacks import continuations
-from expunge.attacks.continuations import TargetLosses, first_changes, mellowmax
-from expunge.attacks.tokens import Target
+from expunge.attacks.search import suffix_loss
+from expunge.attacks.search.suffix_loss import TargetLosses, first_changes, mellowmax
+from expunge.attacks.search.targets import Target
 from expunge.errors import ExpungeError
 from expunge.models import body, check_model, frozen
 from expunge.steering import Shift, Steering, detach
@@ -125,8 +125,8 @@ def test_neither_batches_nor_the_order_nor_the_base_string_change_a_loss(monkeyp
     model = tiny_model()
     strings, current = strings_around()
     wanted = plain(model, strings)
-    monkeypatch.setattr(continuations, "_rows_that_fit", lambda *_: rows)
-    monkeypatch.setattr(continuations, "LOGITS", 7 * 320)  # the head takes seven tokens at once
+    monkeypatch.setattr(suffix_loss, "_rows_that_fit", lambda *_: rows)
+    monkeypatch.setattr(suffix_loss, "LOGITS", 7 * 320)  # the head takes seven tokens at once
     for base in (current, torch.zeros_like(current), strings[-1]):
         torch.testing.assert_close(agree(model, strings, base), wanted, rtol=0, atol=1e-5)
     order = torch.randperm(len(strings))
@@ -152,9 +152,9 @@ def test_rows_start_at_the_first_change_of_their_batch_and_the_head_sees_targets
     bodies, heads = [], []
     check_model(model)
     model.transformer.h[0].register_forward_hook(lambda module, args, output: bodies.append(tuple(args[0].shape[:2])))
-    monkeypatch.setattr(continuations, "_rows_that_fit", lambda *_: 2)
-    original = continuations.head_logits
-    monkeypatch.setattr(continuations, "head_logits", lambda m, x: heads.append(len(x)) or original(m, x))
+    monkeypatch.setattr(suffix_loss, "_rows_that_fit", lambda *_: 2)
+    original = suffix_loss.head_logits
+    monkeypatch.setattr(suffix_loss, "head_logits", lambda m, x: heads.append(len(x)) or original(m, x))
     with frozen(model):
         losses = TargetLosses(model, TARGETS[:1])
         losses.losses(strings, current)
@@ -179,28 +179,28 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_one_line
     model = tiny_model()
     strings, current = strings_around()
     wanted = plain(model, strings)
-    most, forward = 3, continuations._forward
+    most, forward = 3, suffix_loss._forward
 
     def crowded(model, cache, **inputs):
         if next(iter(inputs.values())).shape[0] > most:
             raise torch.OutOfMemoryError
         return forward(model, cache, **inputs)
 
-    monkeypatch.setattr(continuations, "_forward", crowded)
+    monkeypatch.setattr(suffix_loss, "_forward", crowded)
     torch.testing.assert_close(agree(model, strings, current), wanted, rtol=0, atol=1e-5)
     with frozen(model):
         losses = TargetLosses(model, TARGETS)
         most = 0
-        monkeypatch.setattr(continuations._TargetLoss, "_keys_up_to_last", lambda self, string: None)
+        monkeypatch.setattr(suffix_loss._TargetLoss, "_keys_up_to_last", lambda self, string: None)
         with pytest.raises(ExpungeError, match="out of memory"):
             losses.losses(strings, current)
 
 
 def test_a_gradient_is_one_row_at_a_time_which_cannot_be_halved(monkeypatch, tiny_model):
     """As the keys of a prompt are: whatever fits one row at all, fits them."""
-    model, seen, forward = tiny_model(), [], continuations._forward
+    model, seen, forward = tiny_model(), [], suffix_loss._forward
     monkeypatch.setattr(
-        continuations, "_forward", lambda *given, **rows: seen.append(len(*rows.values())) or forward(*given, **rows)
+        suffix_loss, "_forward", lambda *given, **rows: seen.append(len(*rows.values())) or forward(*given, **rows)
     )
     with frozen(model):
         TargetLosses(model, TARGETS).gradient(strings_around()[1])
@@ -209,7 +209,7 @@ def test_a_gradient_is_one_row_at_a_time_which_cannot_be_halved(monkeypatch, tin
 
 def test_rows_that_fit_fall_with_length_and_are_at_least_one(tiny_model):
     model = tiny_model()
-    fit = continuations._rows_that_fit
+    fit = suffix_loss._rows_that_fit
     assert fit(model, 100, 30, 2**40) == 1024 // 30
     assert fit(model, 100, 30, 2**20) > fit(model, 200, 130, 2**20) >= 1 == fit(model, 100, 30, 1)
 
