@@ -23,7 +23,9 @@ from expunge import load_model
 from expunge.adapters import add_lora
 from expunge.cli import app, main
 from expunge.estimate import CannotEstimate
+from expunge.methods import METHODS
 from expunge.pipeline import measuring, training
+from expunge.scorers import SCORERS
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -105,6 +107,47 @@ def test_the_same_command_again_changes_nothing(home, tmp_path, capsys):
     before = (out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns
     assert call(*run_arguments(home, out)) == 0
     assert before == ((out / "results.jsonl").read_bytes(), (out / "model" / "model.safetensors").stat().st_mtime_ns)
+
+
+PLUGIN = '''
+import numpy as np
+
+from expunge.methods import method
+from expunge.methods.dpo import DPO
+from expunge.scorers import SCORERS
+
+
+@method("plugged")
+class Plugged(DPO):
+    """DPO under another name."""
+
+
+@SCORERS.register("vowels")
+class Vowels:
+    """The share of vowels."""
+
+    digest = "1"
+
+    def score(self, texts):
+        return np.array([sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts])
+'''
+
+
+def test_a_plug_in_file_brings_a_method_and_a_scorer(home, tmp_path, capsys):
+    plugin, out = tmp_path / "my plugin.py", tmp_path / "out"
+    plugin.write_text(PLUGIN)
+    small = ["--method", "plugged", "evaluation.scorers=[vowels]", "training.max_steps=1"]
+    try:
+        assert call(*run_arguments(home, out), *small, "--plugin", plugin) == 0
+        rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        assert {row["scorer"] for row in rows if row["metric"] == "toxicity"} == {"vowels"}
+        assert yaml.safe_load((out / "config.yaml").read_text())["method"]["name"] == "plugged"
+        capsys.readouterr()
+        assert call("list", f"--plugin={plugin}", "methods") == 0
+        assert "plugged" in capsys.readouterr().out
+    finally:
+        METHODS._entries.pop("plugged", None)
+        SCORERS._entries.pop("vowels", None)
 
 
 def test_a_model_of_pairs_that_changed_is_not_trained_over(home, tmp_path, capsys):

@@ -7,7 +7,7 @@ from expunge import registry
 from expunge.errors import ExpungeError
 from expunge.listing import methods
 from expunge.methods import METHODS, Method
-from expunge.registry import Registry, UnknownName, did_you_mean
+from expunge.registry import Registry, UnknownName, did_you_mean, load_plugin
 from expunge.scorers import SCORERS, load_scorer
 
 
@@ -58,6 +58,57 @@ def test_a_plug_in_registers_by_entry_point(colours, monkeypatch):
     assert colours.names() == ["green", "red", "violet"]
     assert colours.get("violet") is deque
     assert did_you_mean("violt", colours.names()) == " (did you mean 'violet'?)"
+
+
+def test_two_classes_cannot_have_one_name(colours, monkeypatch):
+    class Red:
+        pass
+
+    with pytest.raises(ExpungeError, match=r"^two colours are called 'red': collections:OrderedDict and .*Red; rename one"):
+        colours.register("red")(Red)
+    assert colours.get("red").__name__ == "OrderedDict"
+    points = [EntryPoint(name=name, value="collections:deque", group="expunge.colours") for name in ("green", "violet")]
+    points.append(EntryPoint(name="violet", value="collections:Counter", group="expunge.colours"))
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    for name in ("green", "violet"):
+        with pytest.raises(ExpungeError, match=f"^two colours are called '{name}': collections:.* and collections:"):
+            colours.get(name)
+
+
+def test_a_class_may_register_again_from_the_same_place(colours):
+    for _ in range(2):
+
+        @colours.register("blue")
+        class Blue:
+            pass
+
+    assert colours.get("blue") is Blue
+
+
+def test_a_plug_in_file_runs_once(tmp_path, colours, monkeypatch):
+    file = tmp_path / "my colours.py"
+    file.write_text("runs = []\nruns.append(1)\n")
+    assert load_plugin(file) is load_plugin(tmp_path / "." / "my colours.py")
+    assert load_plugin(file).runs == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, ": not a Python file"),
+        ("x = 1\nunknown_name\n", ":2: NameError: name 'unknown_name' is not defined"),
+        ("x = (\n", ":1: SyntaxError: '(' was never closed"),
+        ("from expunge.errors import ExpungeError\nraise ExpungeError('no')\n", ":2: no"),
+    ],
+)
+def test_a_plug_in_that_fails_is_one_line_with_its_place(tmp_path, text, said):
+    file = tmp_path / "plugin.py"
+    if text is not None:
+        file.write_text(text)
+    for _ in range(2):
+        with pytest.raises(ExpungeError) as caught:
+            load_plugin(file)
+        assert str(caught.value).startswith(f"--plugin {file}{said}")
 
 
 @pytest.mark.parametrize("builtin", [METHODS, SCORERS], ids=lambda registry: registry.kind)

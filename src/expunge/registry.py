@@ -2,18 +2,26 @@
 
     METHODS = Registry("method", {"repo": "expunge.methods.repo:REPO"})
     METHODS.get("repo")          # imports the module, returns the class
+    load_plugin(Path("my.py"))   # runs a file whose classes register themselves
 
-Plug-ins register by decorator (`@METHODS.register("mine")`) or by an entry point in the group `expunge.methods`.
+A plug-in registers a class by decorator (`@METHODS.register("mine")`) or by an entry point in the group `expunge.methods`.
+Two classes cannot have one name.
 """
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import sys
+import traceback
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
+
+from expunge.errors import ExpungeError
 
 T = TypeVar("T")
 OURS = __name__.split(".")[0]
@@ -41,7 +49,10 @@ class Registry(Generic[T]):
         self._entries: dict[str, str | type[T]] = dict(builtin)
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """A class decorator. Raises ExpungeError where another class has the name already."""
+
         def add(cls: type[T]) -> type[T]:
+            self._check_free(name, _place(cls))
             cls.name = name  # type: ignore[attr-defined]
             self._entries[name] = cls
             return cls
@@ -49,20 +60,33 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        plugged = {point.name for point in entry_points(group=f"expunge.{self.kind}s")}
-        return sorted(set(self._entries) | plugged)
+        return sorted({*self._entries, *(point.name for point in self._points())})
 
     def get(self, name: str) -> type[T]:
         """The class called `name`; raises `UnknownName` with the nearest known name."""
         entry = self._entries.get(name)
+        if isinstance(entry, type):
+            return entry
+        points = [point for point in self._points() if point.name == name]
+        for point in points:
+            self._check_free(name, point.value, points[0].value)
         if entry is None:
-            for point in entry_points(group=f"expunge.{self.kind}s", name=name):
-                return point.load()
+            if points:
+                return points[0].load()
             raise UnknownName(f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())}")
-        if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
-        return entry  # type: ignore[return-value]
+        module, _, attribute = entry.partition(":")
+        found = self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def _points(self) -> Iterable[EntryPoint]:
+        return entry_points(group=f"expunge.{self.kind}s")
+
+    def _check_free(self, name: str, place: str, other: str | None = None) -> None:
+        """Raise ExpungeError where `name` belongs to a class at another place, `MODULE:CLASS`."""
+        entry = self._entries.get(name)
+        taken = other if entry is None else entry if isinstance(entry, str) else _place(entry)
+        if taken not in (None, place):
+            raise ExpungeError(f"two {self.kind}s are called {name!r}: {taken} and {place}; rename one of them")
 
     def about(self, name: str, constant: str, default: Any = "") -> Any:
         """A constant of the class called `name`, such as its `__doc__`; a built-in one is read, not imported.
@@ -75,6 +99,31 @@ class Registry(Generic[T]):
         module, _, attribute = entry.partition(":")
         found = _read_constant(module, attribute, constant)
         return default if found is None else found
+
+
+def load_plugin(file: Path) -> ModuleType:
+    """Run a Python file, once, so that its classes register themselves. Raises ExpungeError, one line, where that fails."""
+    file = file.resolve()
+    name = f"expunge_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise ExpungeError(f"--plugin {file}: not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+        reason = str(error) if isinstance(error, ExpungeError) else f"{type(error).__name__}: {error}"
+        raise ExpungeError(f"--plugin {file}{f':{line}' if line else ''}: {reason}") from error
+    return module
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _read_constant(module: str, attribute: str, constant: str) -> Any:

@@ -4,12 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from expunge.cli.attacks import attack
-from expunge.cli.options import Json
+from expunge.cli.options import Json, expanded
 from expunge.cli.pairs import build_pairs, validate_pairs
 from expunge.cli.printing import json_line, print_rows, print_what_can_be_printed
 from expunge.cli.runs import doctor, evaluate, report, run, train
@@ -17,7 +19,7 @@ from expunge.cli.sweeps import compare, sweep
 from expunge.cli.texts import generate, score
 from expunge.errors import ExpungeError, Interrupted, is_out_of_memory
 from expunge.listing import LISTINGS, shown
-from expunge.registry import did_you_mean
+from expunge.registry import did_you_mean, load_plugin
 
 UsageError: Any = typer.BadParameter.__base__  # click's, or that of the click that typer carries inside itself
 
@@ -30,10 +32,23 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _load_plugins(files: list[Path] | None) -> None:
+    for file in files or []:
+        load_plugin(expanded(file))
+
+
 def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            callback=_load_plugins,
+            metavar="FILE",
+            help="A Python file of yours with methods, attacks or scorers; before or after the command; repeat for several.",
+        ),
+    ] = None,
 ) -> None:
     """Remove a behaviour from a language model, and prove that it is gone."""
 
@@ -78,7 +93,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print_what_can_be_printed()
     try:
-        if status := app(prog_name="expunge", standalone_mode=False) or 0:  # it takes Ctrl-C for itself
+        arguments = _plugins_first(sys.argv[1:])
+        if status := app(arguments, prog_name="expunge", standalone_mode=False) or 0:  # it takes Ctrl-C for itself
             _complain("stopped")
         sys.stdout.flush()
         sys.exit(status)
@@ -102,6 +118,20 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes the pipe
         sys.exit(1)
+
+
+def _plugins_first(arguments: list[str]) -> list[str]:
+    """`arguments` with each `--plugin FILE` before the command, whose other options may name what the file holds."""
+    plugins, rest = [], []
+    given = iter(arguments)
+    for argument in given:
+        if argument == "--":
+            rest += [argument, *given]
+        elif argument == "--plugin":
+            plugins += [argument, *islice(given, 1)]
+        else:
+            (plugins if argument.startswith("--plugin=") else rest).append(argument)
+    return [*plugins, *rest]
 
 
 def _complain(reason: str) -> None:
