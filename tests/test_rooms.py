@@ -15,7 +15,7 @@ PACKAGE = Path(expunge.__file__).parent
 FACES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # these may name anything
 FILES = sorted(set(PACKAGE.rglob("*.py")) - FACES)
 
-LEAVES = {"errors", "registry", "config", "whole", "rows", "lines", "paths", "ids"}
+LEAVES = {"errors", "ranges", "registry", "config", "whole", "rows", "lines", "paths", "ids"}
 MAY_IMPORT = {
     "errors": set(),
     "registry": {"errors"},
@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "paths": {"errors"},
     "ids": {"errors"},
     "whole": {"errors"},
+    "ranges": {"errors"},
     "rows": {"errors", "whole"},
     "claim": {"errors", "whole"},
-    "config": {"errors", "registry", "lines", "paths"},
+    "config": {"errors", "registry", "lines", "paths", "ranges"},
     "provenance": LEAVES,
     "losses": set(),
     "adapters": LEAVES | {"claim"},

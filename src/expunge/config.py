@@ -5,7 +5,6 @@
 Sections whose keys belong to others (`method`, `training`) stay plain mappings here, checked where they are built.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -13,13 +12,14 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from expunge.errors import ExpungeError
 from expunge.lines import STDIN, called, read_text
 from expunge.paths import expand
+from expunge.ranges import Count, NonNegativeInt, OutOfRange, Range, Seed, range_of
 from expunge.registry import did_you_mean
 
 C = TypeVar("C")
@@ -37,7 +37,7 @@ class DataConfig:
     """Texts to keep; running text is cut into passages of training.max_continuation_tokens."""
     probe: str = "builtin-pplm"
     """Labelled texts, or a named set of pairs, for methods that fit probes; not what is to be forgotten."""
-    limit: int | None = None
+    limit: Count | None = None
     """Train on a seeded random subset of so many pairs, or texts of each set."""
     heldout: str | None = "builtin-heldout"
     """Pairs for in-distribution toxicity and perplexity; null leaves them out."""
@@ -53,7 +53,7 @@ class DataConfig:
     """Sets of multiple-choice questions, for accuracy: mmlu, wmdp-cyber, your own."""
 
     def __post_init__(self) -> None:
-        at_least("data", self, limit=1)
+        hold_fields(self, "data")
         expand_fields("data", self, *(field.name for field in dataclasses.fields(self) if field.name != "limit"))
 
 
@@ -74,36 +74,35 @@ class SUnlearningConfig:
 class EvaluationConfig:
     """How much to measure."""
 
-    samples: int = 25
+    samples: NonNegativeInt = 25
     """Sampled continuations of each prompt, beside the greedy one."""
-    prompts: int | None = None
+    prompts: Count | None = None
     """At most so many prompts of each set."""
-    heldout: int | None = None
+    heldout: Count | None = None
     """At most so many held-out pairs."""
-    questions: int | None = None
+    questions: Count | None = None
     """At most so many questions of each set and task, drawn at random."""
-    shots: int = 5
+    shots: NonNegativeInt = 5
     """Solved examples before each question of mmlu."""
     harness: list[str] = dataclasses.field(default_factory=list)
     """Tasks that lm-evaluation-harness runs, if it is installed: wmdp_cyber, mmlu, any of its own."""
     s_unlearning: SUnlearningConfig | None = None
     """Forgetting and utility as one figure: sets utility and forget; null leaves it out."""
-    max_new_tokens: int = 20
-    prompt_tokens: int = 32
+    max_new_tokens: Count = 20
+    prompt_tokens: Count = 32
     """Tokens kept of a prompt."""
     truncate: Literal["last", "lee2024"] = "last"
     """last: a prompt keeps its last tokens; lee2024: its first."""
-    forced: list[int] = dataclasses.field(default_factory=lambda: [0, 4, 8])
+    forced: list[NonNegativeInt] = dataclasses.field(default_factory=lambda: [0, 4, 8])
     """k: tokens of a held-out continuation that are forced before the model goes on."""
-    perplexity_tokens: int | None = None
+    perplexity_tokens: Annotated[int, Range(ge=2)] | None = None
     """At most so many tokens of the corpus; null is all."""
     scorers: list[str] = dataclasses.field(default_factory=lambda: ["ngram", "wordvec"])
     """The first is the judge; the others are reported beside it."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        least = {"samples": 0, "prompts": 1, "heldout": 1, "max_new_tokens": 1, "prompt_tokens": 1, "forced": 0}
-        at_least("evaluation", self, **least, questions=1, shots=0, perplexity_tokens=2, seed=0)
+        hold_fields(self, "evaluation")
         if not self.scorers:
             raise ExpungeError("evaluation.scorers=[]: at least one is needed, the judge")
         expand_fields("evaluation", self, "scorers")
@@ -115,18 +114,18 @@ class MonitorConfig:
 
     prompts: str | None = "builtin-tuning"
     """Prompts that provoke; null leaves toxicity out."""
-    limit: int = 64
+    limit: Count = 64
     """At most so many of them."""
-    samples: int = 2
+    samples: Count = 2
     """Sampled continuations of each."""
     scorer: str = "ngram"
     corpus: str | None = "builtin-validation"
     """Text for perplexity; null leaves it out."""
-    tokens: int = 10_000
+    tokens: Annotated[int, Range(ge=2)] = 10_000
     """At most so many of its tokens."""
 
     def __post_init__(self) -> None:
-        at_least("monitor", self, limit=1, samples=1, tokens=2)
+        hold_fields(self, "monitor")
         expand_fields("monitor", self, "prompts", "scorer", "corpus")
 
 
@@ -144,7 +143,7 @@ class RedTeamConfig:
     """Prompts that provoke, to search with."""
     neutral: str | None = "builtin-validation"
     """Running text, to train on or to keep an eye on."""
-    utility_bound: float = 1.5
+    utility_bound: Annotated[float, Range(ge=1)] = 1.5
     """An attack counts while the perplexity is at most so many times that before it."""
     steps: int | None = None
     """No attack takes more steps,"""
@@ -154,7 +153,7 @@ class RedTeamConfig:
     """nor more time."""
 
     def __post_init__(self) -> None:
-        at_least("redteam", self, utility_bound=1)
+        hold_fields(self, "redteam")
         if not self.attacks:
             raise ExpungeError("redteam.attacks=[]: name at least one attack, or all")
         expand_fields("redteam", self, "validation", "search", "neutral")
@@ -188,10 +187,10 @@ class RunConfig:
     """Attacks on the unlearned model and on its reference; null is none."""
     attack: dict[str, dict[str, Any]] | None = None
     """Settings of attacks by name: a value, or a list of values to try, over those of the budget."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        at_least("", self, seed=0)
+        hold_fields(self, "")
         expand_fields("", self, "model")
         paths = {key: self.training[key] for key in TRAINING_PATHS if isinstance(self.training.get(key), str)}
         self.training = {**self.training, **{key: expand_source(f"training.{key}", path) for key, path in paths.items()}}
@@ -333,7 +332,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def build(cls: type[C], tree: dict[str, Any], path: str) -> C:
     """`tree` as a dataclass, nested ones too; `path` is the dotted place in messages."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     values = {}
     for key, value in tree.items():
@@ -346,6 +345,10 @@ def build(cls: type[C], tree: dict[str, Any], path: str) -> C:
 def convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type, numbers widened where that is exact; ExpungeError otherwise."""
     origin = typing.get_origin(hint)
+    if bounds := range_of(hint):
+        value = convert(hint.__origin__, value, path)
+        bounds.check(value, path)
+        return value
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:
@@ -355,17 +358,23 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         ):  # text is no list of one where it may be text
             if isinstance(value, dict) and dataclasses.is_dataclass(option):
                 return convert(option, value, path)  # its own messages say more than ours
-            with contextlib.suppress(ExpungeError):
+            try:
                 return convert(option, value, path)
+            except OutOfRange:
+                raise
+            except ExpungeError:
+                continue
         raise ExpungeError(f"{path}={value!r}: expected {_name(hint)}")
     if origin is typing.Literal:
         if value in typing.get_args(hint):
             return value
         raise ExpungeError(f"{path}={value!r}: expected one of {', '.join(map(str, typing.get_args(hint)))}")
     if origin is list:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, (list, tuple)) else [value]
         return [convert(typing.get_args(hint)[0], item, path) for item in items]
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
         if isinstance(value, dict):
             return build(hint, value, path + ".")
         raise ExpungeError(f"{path}={value!r}: expected keys such as {path}.{dataclasses.fields(hint)[0].name}")
@@ -383,12 +392,17 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 def hold_fields(settings: Any, path: str) -> None:
     """Hold every field of a dataclass to its annotation, in place. Raises ExpungeError, with `path` before the name."""
-    hints = typing.get_type_hints(type(settings))
+    hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
-        setattr(settings, field.name, convert(hints[field.name], getattr(settings, field.name), f"{path}.{field.name}"))
+        setattr(
+            settings,
+            field.name,
+            convert(hints[field.name], getattr(settings, field.name), f"{path}.{field.name}".lstrip(".")),
+        )
 
 
 def _name(hint: Any) -> str:
+    hint = hint.__origin__ if range_of(hint) else hint
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))

@@ -128,11 +128,11 @@ def test_every_budget_sweeps_k_and_temperature(budget):
     [
         (Prefill, {"k": -1}, r"attack\.prefill\.k=-1: expected 0 or more"),
         (Prefill, {"k": 1.5}, r"attack\.prefill\.k=1\.5"),
-        (Sampling, {"temperature": 0.0}, r"attack\.sampling\.temperature=0\.0: expected a number > 0"),
+        (Sampling, {"temperature": 0.0}, r"attack\.sampling\.temperature=0\.0: expected more than 0"),
         (Sampling, {"temperature": -1.0}, r"attack\.sampling\.temperature=-1\.0"),
         (Sampling, {"samples": 0}, r"attack\.sampling\.samples=0: expected 1 or more"),
         (Sampling, {"top_p": 0.0}, r"attack\.sampling\.top_p=0\.0"),
-        (Sampling, {"top_p": 1.1}, r"attack\.sampling\.top_p=1\.1: expected more than 0, at most 1"),
+        (Sampling, {"top_p": 1.1}, r"attack\.sampling\.top_p=1\.1: expected more than 0 and at most 1"),
         (Sampling, {"seed": -1}, r"attack\.sampling\.seed=-1"),
     ],
 )

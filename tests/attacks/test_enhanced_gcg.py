@@ -485,7 +485,7 @@ def test_on_the_reference_itself_nothing_is_to_be_restored(defended, bos_tokeniz
         ({"steps": 0}, r"attack\.enhanced_gcg\.steps=0"),
         ({"internal": -1}, r"attack\.enhanced_gcg\.internal=-1\.0"),
         ({"length": 9}, r"attack\.enhanced_gcg\.max_length=8: expected at least 9"),
-        ({"floor": 0}, r"attack\.enhanced_gcg\.floor=0\.0: expected above 0 to 1"),
+        ({"floor": 0}, r"attack\.enhanced_gcg\.floor=0\.0: expected more than 0 and at most 1"),
         ({"p_gcg": 0, "p_swap": 0}, r"attack\.enhanced_gcg\.p_gcg=0\.0"),
         ({"length": 60, "max_length": 60}, r"exceed the context of 64"),
     ],

@@ -322,7 +322,7 @@ def test_padding_and_a_rows_first_token_are_not_learnt():
         (RelearnBenign, {}, r"attack\.relearn_benign\.samples=50: the neutral text has \d passages"),
         (RelearnForget, {"samples": 0}, r"attack\.relearn_forget\.samples=0: expected 1 or more"),
         (RelearnForget, {"epochs": -1}, r"attack\.relearn_forget\.epochs=-1"),
-        (RelearnForget, {"learning_rate": 0}, r"attack\.relearn_forget\.learning_rate=0\.0: expected a number > 0"),
+        (RelearnForget, {"learning_rate": 0}, r"attack\.relearn_forget\.learning_rate=0\.0: expected more than 0"),
         (RelearnForget, {"learning_rate": 1e30}, r"the loss is not a number at step 2; lower"),
     ],
 )

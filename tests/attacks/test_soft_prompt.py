@@ -182,7 +182,7 @@ def test_the_prompts_are_those_that_score_highest(tiny_model, bos_tokenizer, mon
     [
         ({"length": 0}, r"attack\.soft_prompt\.length=0"),
         ({"steps": 0}, r"attack\.soft_prompt\.steps=0"),
-        ({"step_size": 0}, r"attack\.soft_prompt\.step_size=0\.0: expected a number > 0"),
+        ({"step_size": 0}, r"attack\.soft_prompt\.step_size=0\.0: expected more than 0"),
         ({"length": 60}, r"exceed the context of 64"),
         ({"optimised": 7}, r"7 prompts were asked for and 6 given"),
     ],

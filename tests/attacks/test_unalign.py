@@ -233,7 +233,7 @@ def test_the_attacked_model_is_an_ordinary_one(tiny_model, data, tmp_path):
     ("settings", "message"),
     [
         ({"vectors": 0}, r"attack\.unalign\.vectors=0"),
-        ({"factor": 0.0}, r"attack\.unalign\.factor=0\.0: expected a number > 0"),
+        ({"factor": 0.0}, r"attack\.unalign\.factor=0\.0: expected more than 0"),
         ({"samples": 0}, r"attack\.unalign\.samples=0"),
         ({"vectors": 301}, r"attack\.unalign\.vectors=301: there are only 300"),
     ],

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from expunge.config import at_least, convert, hold_fields
+from expunge.config import convert, hold_fields
 from expunge.errors import ExpungeError
 from expunge.ids import check_known
 from expunge.provenance import forget_peak, recent_peak_bytes
+from expunge.ranges import Seed
 from expunge.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:  # names are listed and completed without waiting for torch
@@ -180,12 +181,11 @@ class Attack:
     """Fields that name a model, which a case follows from."""
     budgets: ClassVar[dict[str, dict[str, list[Any]]]] = {}
     """Values of fields by budget; every combination of them is a case, and of `seed` each is a draw."""
-    seed: int
+    seed: Seed
 
     def __post_init__(self) -> None:
-        """Hold every field to its annotation; an attack that checks ranges calls this first. Raises ExpungeError."""
+        """Hold every field to its annotation and its range; further checks call this first. Raises ExpungeError."""
         hold_fields(self, f"attack.{self.name}")
-        at_least(f"attack.{self.name}", self, seed=0)
 
     @property
     def adds(self) -> int:
@@ -254,7 +254,7 @@ def attack(name: str) -> Callable[[C], C]:
     """Make a class a dataclass and register it under `name`; every attack has a `seed`."""
 
     def register(cls: C) -> C:
-        cls.__annotations__ = {**cls.__annotations__, "seed": int}
+        cls.__annotations__ = {**cls.__annotations__, "seed": Seed}
         cls.seed = 0
         return ATTACKS.register(name)(dataclass(kw_only=True)(cls))  # type: ignore[return-value]
 
@@ -275,7 +275,7 @@ def cases(name: str, budget: str, settings: Mapping[str, Any] | None = None) -> 
     cls: Any = ATTACKS.get(name)
     grid: dict[str, Any] = {**cls.budgets.get(budget, {}), **(settings or {})}
     known = {setting.name: setting for setting in fields(cls)}
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     for key, values in grid.items():
         if key not in known:
             raise ExpungeError(f"unknown key {f'attack.{name}.{key}'!r}{did_you_mean(key, known)}")

@@ -10,10 +10,10 @@ Both give the victim back, and a plan: `ks`, whose figures are those of the held
 `samples`, `top_p` and `seed`, whose expected_max_toxicity is best-of-n. Samples are keyed, so that more of them hold fewer.
 """
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.config import at_least
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack
+from expunge.ranges import Count, NonNegativeInt, Positive, Range
 
 
 @attack("prefill")
@@ -30,12 +30,8 @@ class Prefill(Attack):
         "large": {"k": [0, 1, 2, 4, 8, 16]},
     }
 
-    k: int = 4
+    k: NonNegativeInt = 4
     """Tokens that are forced; 0 is the plain evaluation. A continuation that has no more than k is left out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("attack.prefill", self, k=0)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         idle = None if self.k else "k=0 forces nothing"
@@ -54,18 +50,12 @@ class Sampling(Attack):
         "large": {"temperature": [0.5, 0.7, 1.0, 1.25, 1.5, 2.0], "samples": [100]},
     }
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """By which logits are divided, > 0."""
-    samples: int = 10
+    samples: Count = 10
     """n."""
-    top_p: float = 0.9
+    top_p: Annotated[float, Range(gt=0, le=1)] = 0.9
     """Mass of the nucleus, in (0, 1]; 1 draws from all tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("attack.sampling", self, samples=1)
-        in_range(self.temperature > 0, self.name, "temperature", self.temperature, "a number > 0")
-        in_range(0 < self.top_p <= 1, self.name, "top_p", self.top_p, "more than 0, at most 1")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         plan = {name: getattr(self, name) for name in ("temperature", "samples", "top_p")}

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ from expunge.attacks.search.prefix_loss import PrefixLosses, Weights
 from expunge.attacks.search.proposals import expected, grow, liked, minimum_length, pick, propose
 from expunge.attacks.search.strings import allowed_tokens, decode, typed_before
 from expunge.attacks.search.targets import check_prompts, cut_prompts, reference_targets
-from expunge.config import at_least
 from expunge.generation import Decoding, check_room, generate
 from expunge.ids import continuation_text, leading_tokens
 from expunge.models import context_length, depth, frozen, sharing_copy
+from expunge.ranges import Count, NonNegative, NonNegativeInt, Range
 
 
 @attack("enhanced_gcg")
@@ -55,54 +55,50 @@ class EnhancedGCG(Attack):
         },
     }
 
-    steps: int = 500
-    length: int = 32
+    steps: Count = 500
+    length: Count = 32
     """Tokens of the prefix at first, and the fewest that it may have then."""
-    final_length: int = 32
+    final_length: Count = 32
     """The fewest that it may have after `ramp` steps; the paper's code goes to 100."""
-    ramp: int = 1000
-    max_length: int = 64
+    ramp: Count = 1000
+    max_length: Count = 64
     """The most that it may have; less where the context is shorter."""
-    optimised: int = 8
+    optimised: Count = 8
     """Prompts to search on: those after which the reference's own words score highest."""
-    target_tokens: int = 20
+    target_tokens: Count = 20
     """That are to be said, at most."""
-    match_tokens: int = 0
+    match_tokens: NonNegativeInt = 0
     """More of the reference's words, whose states count and whose likelihood does not; the paper's code takes 35."""
     layers: list[int] | None = None
     """Blocks whose input states are compared; null: L/3, 2L/3 and L - 1 of L blocks."""
-    floor: float | None = 0.6
+    floor: Annotated[float, Range(gt=0, le=1)] | None = 0.6
     """A target that is likelier than so much a token gains nothing more; null: it does."""
-    internal: float = 1.0
-    static: float = 0.0
+    internal: NonNegative = 1.0
+    static: NonNegative = 0.0
     """The paper's code takes 10 against DPO and NPO, without `floor`."""
-    fluency: float = 1.5
-    repetition: float = 3.0
-    p_gcg: float = 0.7
+    fluency: NonNegative = 1.5
+    repetition: NonNegative = 3.0
+    p_gcg: NonNegative = 0.7
     """How often each operator is taken (`expunge.attacks.search.proposals`)."""
-    p_delete: float = 0.1
-    p_insert: float = 0.1
-    p_swap: float = 0.1
-    proposals: int = 16
+    p_delete: NonNegative = 0.1
+    p_insert: NonNegative = 0.1
+    p_swap: NonNegative = 0.1
+    proposals: Count = 16
     """Strings that are evaluated at a step."""
-    top_k: int = 64
+    top_k: Count = 64
     """Tokens that are considered in each place."""
-    buffer: int = 16
+    buffer: Count = 16
     ascii: bool = True
     """Only tokens of ASCII text."""
-    judged: int = 0
+    judged: NonNegativeInt = 0
     """Of so many strings, the best and others that the search went on from, the one is taken after which the victim's own
     words score highest, sampled once after each of `prompts`: a loss may fall and nothing come back. 0: the best."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = ("steps", "length", "final_length", "ramp", "optimised", "target_tokens", "proposals", "top_k", "buffer")
-        least_0 = ("match_tokens", "internal", "static", "fluency", "repetition", "p_gcg", "p_delete", "p_insert", "p_swap")
-        at_least("attack.enhanced_gcg", self, **dict.fromkeys(whole, 1), **dict.fromkeys(least_0, 0), judged=0)
         check = partial(in_range, attack_name=self.name)
         most = max(self.length, self.final_length)
         check(self.max_length >= most, key="max_length", value=self.max_length, wanted=f"at least {most}")
-        check(self.floor is None or 0 < self.floor <= 1, key="floor", value=self.floor, wanted="above 0 to 1, or null")
         check(self.p_gcg + self.p_swap > 0, key="p_gcg", value=self.p_gcg, wanted="above 0, where p_swap is 0")
 
     @property

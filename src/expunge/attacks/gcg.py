@@ -21,11 +21,11 @@ from expunge.attacks.search.proposals import candidates, random_strings
 from expunge.attacks.search.strings import allowed_tokens, first_string, typed_anywhere, without_bos
 from expunge.attacks.search.suffix_loss import Loss, TargetLosses
 from expunge.attacks.search.targets import check_prompts, reference_targets
-from expunge.config import at_least
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
 from expunge.ids import continuation_text
 from expunge.models import frozen, load_model, load_outline
+from expunge.ranges import Count, NonNegativeInt
 
 
 @attack("gcg")
@@ -42,23 +42,23 @@ class GCG(Attack):
         "large": {"steps": [500], "width": [512]},
     }
 
-    length: int = 20
+    length: Count = 20
     """Tokens of the suffix."""
-    steps: int = 250
-    width: int = 512
+    steps: Count = 250
+    width: Count = 512
     """Suffixes drawn in a step, before those that do not survive as text are dropped."""
-    top_k: int = 256
+    top_k: Count = 256
     """Tokens to draw from at each place."""
-    replace: int = 1
+    replace: Count = 1
     """Places that a drawn suffix changes."""
-    buffer: int = 0
+    buffer: NonNegativeInt = 0
     """0: a step goes on from the best that it drew, even a worse one. N: from the best so far, at first that of N starts, of
     which all but one are random; fewer where few random strings survive as text."""
     loss: Loss = "cross_entropy"
     """Of a target: the mean of its tokens' -log p, or the mellowmax of their -logits."""
-    optimised: int = 8
+    optimised: Count = 8
     """Prompts to search on: those whose target scores highest."""
-    target_tokens: int = 20
+    target_tokens: Count = 20
     """Tokens of the reference's own continuation, which is the target."""
     ascii: bool = True
     """Only printable ASCII."""
@@ -67,8 +67,6 @@ class GCG(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = dict.fromkeys(("length", "steps", "width", "top_k", "replace", "optimised", "target_tokens"), 1)
-        at_least(f"attack.{self.name}", self, **least, buffer=0)
         in_range(self.replace <= self.length, self.name, "replace", self.replace, f"at most the length, {self.length}")
 
     @property

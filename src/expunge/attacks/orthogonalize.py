@@ -26,12 +26,12 @@ from torch import nn
 
 from expunge.anatomy import block_names, check_blocks
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.config import at_least
 from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll, text_windows
 from expunge.models import Layer, depth, frozen, hidden_states, in_batches, sharing_copy, width
+from expunge.ranges import Count, Positive
 from expunge.steering import Edit, Erase, Shift, steer_further
 
 BATCH_TOKENS = 4096
@@ -65,16 +65,14 @@ class Orthogonalize(Attack):
     layers: Literal["all", "search"] | list[int] = "all"
     """After which blocks, from 0. search: all, a third, or one, by the likelihood of `validation`. What is chosen keeps the
     perplexity within the bound, and makes `validation` likelier than the victim does; else the attack is idle."""
-    outliers: float | None = 3.0
+    outliers: Positive | None = 3.0
     """Leave a token out of the means where the L1 distance of its state to the mean has a z-score above this; null: none."""
-    samples: int = 1000
+    samples: Count = 1000
     """At most so many texts of a set, drawn with the seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(f"attack.{self.name}", self, samples=1)
         in_range(self.layers != [], self.name, "layers", self.layers, "all, search, or at least one block")
-        in_range(self.outliers is None or self.outliers > 0, self.name, "outliers", self.outliers, "more than 0, or null")
         base = "reference" if self.direction == "difference" else "retain"
         self.needs = (base, "forget", *(("validation", "neutral") if self.chooses else ()))  # type: ignore[misc]
 

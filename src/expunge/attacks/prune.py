@@ -24,10 +24,10 @@ from torch import nn
 from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
 from expunge.attacks.quantize import block_matrices
 from expunge.attacks.relearn import draw
-from expunge.config import at_least
 from expunge.data.tokenize import TokenizedText
 from expunge.losses import sequence_logps
 from expunge.models import context_length, head_logits, hidden_states, sharing_copy
+from expunge.ranges import Count
 
 log = logging.getLogger("expunge")
 
@@ -49,14 +49,13 @@ class Prune(Attack):
 
     shares: list[float] = field(default_factory=lambda: [0.05, 0.1])
     """[q, p]: the shares of each matrix that count as mattering to the forget set and to neutral text; q <= p."""
-    samples: int = 512
+    samples: Count = 512
     """Texts of each, or as many as both have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         good = len(self.shares) == 2 and 0 <= self.shares[0] <= self.shares[1] <= 1
         in_range(good, self.name, "shares", self.shares, "[q, p] with 0 <= q <= p <= 1")
-        at_least(f"attack.{self.name}", self, samples=1)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)

@@ -11,16 +11,16 @@ Zhang et al., ICLR 2025, "Catastrophic Failure of LLM Unlearning via Quantizatio
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.config import at_least
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack
 from expunge.errors import ExpungeError
 from expunge.models import blocks, inner_model, sharing_copy
+from expunge.ranges import NonNegativeInt, Range
 
 
 @attack("quantize")
@@ -34,17 +34,12 @@ class Quantize(Attack):
         "large": {"bits": [8, 6, 5, 4, 3], "group": [0, 64]},
     }
 
-    bits: int = 4
+    bits: Annotated[int, Range(ge=2, le=16)] = 4
     """2 to 16."""
-    group: int = 0
+    group: NonNegativeInt = 0
     """Inputs that share a step; 0: all of an output channel."""
     head: bool = False
     """The head too, which is then no longer tied to the embedding."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range(2 <= self.bits <= 16, self.name, "bits", self.bits, "2 to 16")
-        at_least(f"attack.{self.name}", self, group=0)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         self.check(unlearned, reference, data)

@@ -26,13 +26,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from expunge.adapters import add_lora
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.config import at_least
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack
 from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll
 from expunge.models import context_length, frozen, sharing_copy, without_dropout
+from expunge.ranges import Count, NonNegative, NonNegativeInt, Positive
 
 RATES = [5e-5, 2e-4, 1e-3]
 """Ours, for a small model."""
@@ -49,23 +49,18 @@ class Relearn(Attack):
 
     part: ClassVar[Literal["forget", "retain", "neutral"]]
 
-    samples: int = 10
+    samples: Count = 10
     """Texts, drawn at random with `seed`."""
-    epochs: int = 3
-    learning_rate: float = 5e-5
+    epochs: NonNegativeInt = 3
+    learning_rate: Positive = 5e-5
     """At its peak."""
-    batch: int = 8
+    batch: Count = 8
     """Texts a step; all of them where there are fewer."""
-    weight_decay: float = 0.01
-    lora: int = 0
+    weight_decay: NonNegative = 0.01
+    lora: NonNegativeInt = 0
     """Rank of an adapter on every linear layer, which then is all that is trained; 0 trains all weights."""
-    alpha: int = 16
+    alpha: Count = 16
     """What the adapter adds is multiplied by alpha / rank."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(f"attack.{self.name}", self, samples=1, epochs=0, batch=1, weight_decay=0, lora=0, alpha=1)
-        in_range(self.learning_rate > 0, self.name, "learning_rate", self.learning_rate, "a number > 0")
 
     def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
         super().check(unlearned, reference, data)
@@ -162,7 +157,7 @@ class RelearnRetain(Relearn):
         },
     }
 
-    samples: int = 100
+    samples: Count = 100
 
 
 @attack("relearn_benign")
@@ -178,10 +173,10 @@ class RelearnBenign(Relearn):
         "large": {"samples": [10, 20, 50], "learning_rate": MORE_RATES, "seed": DRAWS},
     }
 
-    samples: int = 50
+    samples: Count = 50
     """The built-in neutral text has 84 passages of 64 tokens; give `redteam.neutral` more to take more."""
-    learning_rate: float = 2e-4
-    lora: int = 128
+    learning_rate: Positive = 2e-4
+    lora: NonNegativeInt = 128
 
 
 def draw(

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack
 from expunge.attacks.search.strings import allowed_tokens
 from expunge.attacks.search.targets import Target, check_prompts, reference_targets
-from expunge.config import at_least
 from expunge.engine import collate
 from expunge.generation import check_room
 from expunge.ids import leading_tokens
 from expunge.models import frozen, head_logits, hidden_states, in_batches, sharing_copy
+from expunge.ranges import Count, Positive
 
 
 @attack("soft_prompt")
@@ -40,20 +40,15 @@ class SoftPrompt(Attack):
         "large": {"step_size": [0.001, 0.01], "steps": [1000], "seed": [0, 1, 2]},
     }
 
-    length: int = 20
+    length: Count = 20
     """Vectors."""
-    step_size: float = 0.01
+    step_size: Positive = 0.01
     """By which every number of every vector moves at a step, > 0; against unlearned knowledge the paper takes 0.001."""
-    steps: int = 100
-    optimised: int = 8
+    steps: Count = 100
+    optimised: Count = 8
     """Prompts to search on: those after which the reference's own words score highest."""
-    target_tokens: int = 20
+    target_tokens: Count = 20
     """Of the reference's continuation, at most."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("attack.soft_prompt", self, length=1, steps=1, optimised=1, target_tokens=1)
-        in_range(self.step_size > 0, self.name, "step_size", self.step_size, "a number > 0")
 
     @property
     def adds(self) -> int:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from expunge.anatomy import mlp_inputs, nearest_values
-from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack, in_range
-from expunge.config import at_least
+from expunge.attacks.base import Attack, AttackData, AttackResult, Budget, Meter, attack
 from expunge.errors import ExpungeError
 from expunge.ids import leading_tokens
 from expunge.models import frozen, sharing_copy
 from expunge.probes import fit_probe, pooled_states
+from expunge.ranges import Count, Positive
 
 PLAIN, GATED = 10.0, 3.0
 """Factors of the paper: section 5.3 (GPT-2), appendix E (Llama 2)."""
@@ -39,17 +39,12 @@ class Unalign(Attack):
         "large": {"factor": [3.0, 10.0, 30.0], "vectors": [7, 32, 128]},
     }
 
-    vectors: int = 7
+    vectors: Count = 7
     """Value vectors whose keys are scaled."""
-    factor: float | None = None
+    factor: Positive | None = None
     """By which a key becomes longer, > 0; null: 10, or 3 where the MLP is gated."""
-    samples: int = 1000
+    samples: Count = 1000
     """At most so many texts of a set, drawn with the seed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("attack.unalign", self, vectors=1, samples=1)
-        in_range(self.factor is None or self.factor > 0, self.name, "factor", self.factor, "a number > 0, or null")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         """The probe is the reference's where there is one, else the victim's; value vectors are the victim's.
