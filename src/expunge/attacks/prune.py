@@ -59,7 +59,7 @@ class Prune(Attack):
         at_least(f"attack.{self.name}", self, samples=1)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         q, p = self.shares
         context = context_length(unlearned)

@@ -47,7 +47,7 @@ class Quantize(Attack):
         at_least(f"attack.{self.name}", self, group=0)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, []).eval()
         moved = whole = 0.0
