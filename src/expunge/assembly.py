@@ -23,7 +23,7 @@ from expunge.errors import ExpungeError
 from expunge.methods import METHODS, Method
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
 from expunge.metrics.s_unlearning import check_sets
-from expunge.models import is_adapter, load_outline, loading_options
+from expunge.models import is_adapter, load_outline, loading_options, quantization_of
 from expunge.monitor import FIGURES
 from expunge.registry import UnknownName, did_you_mean
 from expunge.training import UnlearnConfig
@@ -143,6 +143,22 @@ def check_model(config: RunConfig) -> None:
         raise ExpungeError(
             f"{config.model}: an adapter on top of an adapter is no model by itself: add lora.merge=true, or leave out lora "
             "to train all weights"
+        )
+
+
+def check_trainable(config: RunConfig, outline: PreTrainedConfig) -> None:
+    """The same for a checkpoint that says that it is quantized itself. outline: its configuration."""
+    own = quantization_of(outline)
+    if own is None or build_method(config.method).applied:
+        return
+    if config.lora is None:
+        raise ExpungeError(
+            f"{config.model}: quantized already ({own}), and quantized weights cannot be trained; add an adapter: lora.r=16"
+        )
+    if lora_of(config)[1]:
+        raise ExpungeError(
+            f"lora.merge=true: an adapter cannot be merged into quantized weights, as those of {config.model} are ({own}); "
+            "leave it out"
         )
 
 

@@ -17,6 +17,7 @@ from expunge.assembly import (
     build_method,
     build_training,
     check_model,
+    check_trainable,
     monitor_data,
     outline_of,
     resolve,
@@ -66,6 +67,7 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
     if method.applied:
         raise CannotEstimate(f"{method.name} trains nothing: it takes the weights, and forwards over what it is fitted on")
     outline, tokenizer = outline_of(config)
+    check_trainable(config, outline)
     method = method.placed(outline.get_text_config().num_hidden_layers)
     monitor_data(config, args, tokenizer)
     data = data or training_data(config, tokenizer, args)

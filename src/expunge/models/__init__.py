@@ -31,6 +31,7 @@ from expunge.models.loading import (
     loading_options,
     reading,
 )
+from expunge.models.packed import quantization_of
 from expunge.models.reference import (
     Reference,
     evaluating,
@@ -80,6 +81,7 @@ __all__ = [
     "only_training",
     "original",
     "output_layer",
+    "quantization_of",
     "reading",
     "sharing_copy",
     "tokenizer_digest",

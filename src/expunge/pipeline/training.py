@@ -16,6 +16,7 @@ from expunge.assembly import (
     build_method,
     build_training,
     check_model,
+    check_trainable,
     check_unreported,
     loading,
     lora_of,
@@ -54,7 +55,8 @@ def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
 def train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], None]:
     """What `train` does, but for the push, which is what it returns."""
     args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
-    tokenizer = outline_of(config)[1]
+    outline, tokenizer = outline_of(config)
+    check_trainable(config, outline)
     data = training_data(config, tokenizer, args)
     probed = probe_data(config, data)
     inputs = inputs_of(config, args, data, probed, tokenizer)
