@@ -190,6 +190,13 @@ def turned(name: str) -> Callable[[Kit], None]:
     return make
 
 
+def packed(kit: Kit) -> None:
+    """A checkpoint that says that it is quantized, in a way that needs no package."""
+    path = kit.copy() / "config.json"
+    own = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": own}))
+
+
 def encoder(kit: Kit) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     BertForMaskedLM(BertConfig(vocab_size=320, initializer_range=0.2, **small)).save_pretrained(kit.place / "model")
@@ -248,6 +255,7 @@ TEXTS = written("texts.jsonl", '{"text": "The river is calm."}\n')
 SETS = f"train --quiet --model {{model}} --forget {{place}}/bad.txt --retain {{place}}/good.txt --out {{out}} training.max_steps=1 {SET}"
 SIDES = both(written("bad.txt", "The river is wild.\n"), written("good.txt", "The river is calm.\n"))
 PROBED = f"{TRAIN} --method probe_directions"
+PACKED = r"quantized already \(bitnet\), and quantized weights cannot be trained; add an adapter"
 UNKNOWN = r"has the token '<\|im_(start|end)\|>', id 32[01], and the model's embedding has 320 rows: resize it"
 
 
@@ -412,6 +420,11 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "the same in a forecast": (f"{JSONL} --dry-run".replace("{model}", "{place}/model"), UNKNOWN, turned("c.txt")),
     "prompts of tokens that the model does not know": (EVALUATE.replace("{model}", "{place}/model").replace("{prompts}", "{place}/bad.jsonl"), UNKNOWN, turned("c.txt")),
     "running text of such tokens, before training": (RUN.replace("{model}", "{place}/model").replace("{corpus}", "{place}/c.txt"), UNKNOWN, turned("c.txt")),
+    "conversations of such tokens, looked over": ("pairs validate {place}/bad.jsonl --model {place}/model", UNKNOWN, turned("c.txt")),
+    "a quantized checkpoint without an adapter": (OWN, rf"model: {PACKED}", packed),
+    "the same in a forecast, of quantized weights": (f"{OWN} --dry-run", rf"model: {PACKED}", packed),
+    "an adapter merged into a quantized checkpoint": (f"{OWN} lora.r=2 lora.merge=true", r"lora.merge=true: .* \(bitnet\); leave it out", packed),
+    "a name that is not text": (EVALUATE.replace("{prompts}", "{place}/\udce9.jsonl"), r"\\udce9.jsonl.*not text in utf-8, .* another name", None),
     "text to continue of such tokens": ("generate {place}/c.txt --model {place}/model --quiet", UNKNOWN, turned("c.txt")),
     "a missing weight": (OWN, r"its weights lack transformer.h.0.ln_1.weight: save", weights(lambda t: t.pop("transformer.h.0.ln_1.weight"))),
     "an unexpected weight": (OWN, r"beside the model, extra.weight", weights(lambda t: t.update({"extra.weight": torch.zeros(2)}))),

@@ -1,6 +1,7 @@
 """Conversations: as TRL renders them, one bos, and a line for each thing that can be wrong."""
 
 import copy
+import csv
 import json
 from types import SimpleNamespace
 
@@ -236,7 +237,67 @@ def test_what_a_template_does_not_read_is_said_once(write, chat, caplog):
     assert sum("does not read 'tools'" in record.message for record in caplog.records) == 1
 
 
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+
+
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ '' + m.content }}", "{{ m.content | trim }}"])
+def test_parts_are_never_read_as_python_writes_them(write, chat, content):
+    """Templates that know text alone; the row with text in place of parts is what is right."""
+    chat.chat_template = CHATML.replace("{{ m.content }}", content)
+    wanted = load_pairs(write("a.jsonl", ROWS["explicit"]), tokenizer=chat)
+    parts = {**ROWS["explicit"], "prompt": [{"role": "user", "content": PARTS}]}
+    assert load_pairs(write("b.jsonl", parts), tokenizer=chat) == wanted
+
+
+def test_a_template_that_reads_parts_is_given_them(write, chat):
+    chat.chat_template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}[{{ part.text }}]{% endfor %}")
+    [prompt] = load_prompts(write("a.jsonl", {"prompt": [{"role": "user", "content": PARTS}]}), tokenizer=chat)
+    assert prompt.text == "<|user|>[H][i]<eos>\n<|assistant|>"
+
+
+def test_a_table_has_messages_as_json_text(tmp_path, chat):
+    """As they are in JSON lines, in pairs, prompts and texts; as pandas writes lists, in Python's form, they are refused."""
+    rows = {"pairs": ROWS["turns"], "texts": {"messages": ROWS["turns"]["prompt"]}}
+    for kind, load in (
+        ("pairs", load_pairs),
+        ("pairs", load_prompts),
+        ("texts", lambda *a, **k: load_texts(*a, "forget", **k)),
+    ):
+        for form, dump in (("jsonl", None), ("csv", json.dumps), ("py.csv", str)):
+            path = tmp_path / f"{kind}.{form}"
+            if dump is None:
+                path.write_text(json.dumps(rows[kind]) + "\n", encoding="utf-8")
+                wanted = load(path, tokenizer=chat)
+                continue
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([list(rows[kind]), [dump(turns) for turns in rows[kind].values()]])
+            if form == "csv":
+                assert load(path, tokenizer=chat) == wanted
+            else:
+                with pytest.raises(ExpungeError, match=r"py.csv:2: field '\w+' is text of messages that is not JSON"):
+                    load(path, tokenizer=chat)
+
+
+def test_what_plain_text_has_beside_it_for_a_template_is_said(write, caplog):
+    chat_module._warn.cache_clear()
+    row = {"prompt": "Hi", "chosen": " Hello", "rejected": " Go", "system": "Be kind", "tools": None}
+    assert load_pairs(write("a.jsonl", row, row)) == [Pair("Hi", " Hello", " Go")] * 2
+    assert [record.message for record in caplog.records] == [
+        "rows of plain text have 'system' beside it, which only a chat template takes: it is left out"
+    ]
+
+
+IMAGE = {"role": "user", "content": [{"type": "image", "url": "a.png"}, *PARTS]}
 MISTAKES = {
+    "a part that is no text": ({**ROWS["explicit"], "prompt": [IMAGE]}, "content of a message of 'prompt' must be text"),
+    "content that is a number": (
+        {**ROWS["explicit"], "chosen": [{"role": "assistant", "content": 5}]},
+        "'chosen' must be text",
+    ),
+    "parts without text": (
+        {**ROWS["explicit"], "chosen": [{"role": "assistant", "content": [{"type": "text", "text": " "}]}]},
+        "message 1 of 'chosen' is an empty turn",
+    ),
     "no tokenizer": (ROWS["explicit"], "needs the model's chat template"),
     "a prompt that is text": ({**ROWS["explicit"], "prompt": "Hi"}, "'prompt' must be a list of messages"),
     "a side that is text": ({**ROWS["explicit"], "rejected": "Go"}, "'rejected' must be a list of messages"),

@@ -79,9 +79,10 @@ def validate_pairs(
     """Look a set of pairs over: form, lengths, repeats, scores, and warnings of what would mislead training."""
     from expunge.data import load_pairs
     from expunge.data.pair_files import look_over
-    from expunge.models import load_outline
+    from expunge.models import known_of, load_outline
     from expunge.scorers import load_scorer
 
     hush()
-    _, tokenizer = load_outline(model)
-    print_tree(look_over(load_pairs(source, tokenizer=tokenizer), tokenizer, load_scorer(scorer)), as_json)
+    outline, tokenizer = load_outline(model)
+    pairs = load_pairs(source, tokenizer=tokenizer)
+    print_tree(look_over(pairs, tokenizer, load_scorer(scorer), known_of(outline)), as_json)

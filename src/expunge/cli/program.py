@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +93,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     print_what_can_be_printed()
     try:
+        _check_arguments(sys.argv[1:])
         arguments = _plugins_first(sys.argv[1:])
         if status := app(arguments, prog_name="expunge", standalone_mode=False) or 0:  # it takes Ctrl-C for itself
             _complain("stopped")
@@ -132,6 +133,18 @@ def _plugins_first(arguments: list[str]) -> list[str]:
         else:
             (plugins if argument.startswith("--plugin=") else rest).append(argument)
     return [*plugins, *rest]
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """ExpungeError for a name that is not text: at the end, when it is written beside the figures, it would be too late."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:  # bytes that are not of the encoding of names stand there as surrogates
+            raise ExpungeError(
+                f"{argument!r}: not text in {sys.getfilesystemencoding()}, the encoding of names; give the file another "
+                "name, or set PYTHONUTF8=1 where names are in UTF-8"
+            ) from None
 
 
 def _complain(reason: str) -> None:

@@ -3,7 +3,8 @@
     chat_pair(row, "pairs.jsonl:1", tokenizer)       # row["prompt"] = [{"role": "user", "content": "Hello"}], ...
 
 Beside its messages a row may have what the template takes, as TRL's rows have it: `tools` (JSON schemas), `documents` and
-`chat_template_kwargs`; and `system`, text that goes before the messages as a turn of that role.
+`chat_template_kwargs`; and `system`, text that goes before the messages as a turn of that role. A table has messages as JSON
+text. Content is text, or a list of parts `{"type": "text", "text"}`.
 
 The prompt ends where the template lets the model speak, found in tokens: what the prompt alone and the prompt with its
 answers begin with. The text keeps the template's own bos, and `expunge.ids` adds no second one.
@@ -11,6 +12,7 @@ answers begin with. The text keeps the template's own bos, and `expunge.ids` add
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +27,32 @@ log = logging.getLogger("expunge")
 Message = Mapping[str, Any]
 OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation", "return_dict", "return_tensors")
 """Arguments of `apply_chat_template` that a row may not set."""
+FIELDS = ("prompt", "chosen", "rejected", "completion", "messages")
+"""What may be a list of messages."""
+BESIDE = ("system", "tools", "documents", "chat_template_kwargs")
+"""What a row of messages may have beside them."""
+WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+
+
+def with_messages(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row, messages that stand in it as JSON text as lists. ExpungeError where they are text of another form."""
+    found = dict(row)
+    for field in FIELDS:
+        if isinstance(text := row.get(field), str) and WRITTEN.fullmatch(text):
+            try:
+                found[field] = json.loads(text)
+            except ValueError:
+                raise ExpungeError(
+                    f"{where}: field {field!r} is text of messages that is not JSON; write it as JSON, or as JSON lines"
+                ) from None
+    return found
+
+
+def say_unread(row: Mapping[str, Any]) -> None:
+    """Say, once, that a row of plain text has beside it what goes through a chat template alone."""
+    for name in BESIDE:
+        if row.get(name):
+            _warn(f"rows of plain text have {name!r} beside it, which only a chat template takes: it is left out")
 
 
 def chat_pair(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, str, str]:
@@ -93,6 +121,11 @@ class Template:
             fits = isinstance(message, dict) and isinstance(message.get("role"), str)
             if not fits or not ("content" in message or message.get("tool_calls")):
                 raise ExpungeError(f"{self.where}: a message of {field!r} must be an object with 'role' and 'content'")
+            if message["role"] != "tool" and _said(message.get("content")) is None:  # what a tool returns may be anything
+                raise ExpungeError(
+                    f"{self.where}: the content of a message of {field!r} must be text, or a list of parts "
+                    '{"type": "text", "text": ...}'
+                )
         return [{key: part for key, part in message.items() if part is not None or key == "content"} for message in value]
 
     def opened(self, turns: list[Message]) -> list[Message]:
@@ -165,7 +198,8 @@ class Template:
                 )
 
     def render(self, turns: Sequence[Message], **options: bool) -> str:
-        """The template's text of `turns`; what is null is given as "" where the template would print it, or fail on it."""
+        """The template's text of `turns`. Where it would print a null or a list of parts as Python writes them, or fail on
+        one, it is given the text in it, of a null ""."""
         if self.tokenizer is None:
             raise ExpungeError(f"{self.where}: a conversation needs the model's chat template: give the tokenizer")
         if not self.tokenizer.chat_template:
@@ -182,18 +216,18 @@ class Template:
                 return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.given, **options)
 
         try:
-            if all(turn.get("content") is not None for turn in turns):
+            if all(isinstance(turn.get("content"), str) for turn in turns):
                 return apply(turns)
-            return _tried(
-                lambda: apply(turns), lambda: apply([{**turn, "content": turn.get("content") or ""} for turn in turns])
-            )
+            plain = [{**turn, "content": _plain(turn.get("content"))} for turn in turns]
+            parts = [str(turn["content"]) for turn in turns if isinstance(turn.get("content"), list)]
+            return _tried(lambda: apply(turns), lambda: apply(plain), parts)
         except Exception as error:  # jinja's own, and whatever a template raises
             reason = str(error).strip().split("\n")[0]
             raise ExpungeError(f"{self.where}: the model's chat template refuses the conversation ({reason})") from None
 
 
-def _tried(plain: Callable[[], str], filled: Callable[[], str]) -> str:
-    """`plain()`, unless it fails or writes a null as the word None: then `filled()`."""
+def _tried(plain: Callable[[], str], filled: Callable[[], str], parts: Sequence[str]) -> str:
+    """`plain()`, unless it fails, writes a null as the word None, or one of `parts` as it is: then `filled()`."""
     try:
         text = plain()
     except Exception:
@@ -202,7 +236,23 @@ def _tried(plain: Callable[[], str], filled: Callable[[], str]) -> str:
         other = filled()
     except Exception:
         return text
-    return other if text.count("None") > other.count("None") else text
+    return other if text.count("None") > other.count("None") or any(part in text for part in parts) else text
+
+
+def _said(content: Any) -> str | None:
+    """The text of a message's content, "" of a null; None for what is no text."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else None
+
+
+def _plain(content: Any) -> Any:
+    """The text of it, or, of what a tool returned, the thing itself."""
+    text = _said(content)
+    return content if text is None else text
 
 
 def _asked(turn: Message) -> bool:
@@ -211,7 +261,8 @@ def _asked(turn: Message) -> bool:
 
 
 def _is_blank(content: Any) -> bool:
-    return not content or (isinstance(content, str) and not content.strip())
+    text = _said(content)
+    return text is not None and not text.strip()
 
 
 @cache

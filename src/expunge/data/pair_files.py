@@ -24,6 +24,7 @@ from expunge.data.pairs import Pair
 from expunge.data.selection import Selection
 from expunge.data.tokenize import split_pairs, tokenize_labelled, tokenize_pairs
 from expunge.errors import ExpungeError
+from expunge.ids import check_known
 from expunge.models import context_length, loaded_identity
 from expunge.probes import Probe, fit_probe, pooled_states
 from expunge.provenance import data_digest, digest, software
@@ -152,12 +153,17 @@ def probe_for(model: nn.Module, tokenizer: Any, source: str, limit: int = 2000) 
     return probe
 
 
-def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer) -> dict[str, Any]:
-    """What a set of pairs is like: counts, lengths in tokens, scores, and `warnings` for what would mislead training."""
+def look_over(pairs: Sequence[Pair], tokenizer: Any, scorer: Scorer, known: int | None = None) -> dict[str, Any]:
+    """What a set of pairs is like: counts, lengths in tokens, scores, and `warnings` for what would mislead training.
+
+    known: how many tokens the model's embedding has; ExpungeError for one beyond them. None: no bound is known.
+    """
+    rows = split_pairs(tokenizer, pairs)
+    check_known((ids for prompt, sides, _ in rows for ids in (prompt, *sides)), known, tokenizer)
     _, truncation = tokenize_pairs(pairs, tokenizer)
     texts = {side: [getattr(pair, side) for pair in pairs] for side in ("prompt", "chosen", "rejected")}
     scores = {side: scorer.score(found) for side, found in texts.items()}
-    sizes = np.array([[len(prompt), *map(len, sides)] for prompt, sides, _ in split_pairs(tokenizer, pairs)])
+    sizes = np.array([[len(prompt), *map(len, sides)] for prompt, sides, _ in rows])
     lengths = dict(zip(texts, sizes.T, strict=True))
     repeated = {side: len(found) - len(set(found)) for side, found in texts.items()}
     above = float(np.mean(scores["rejected"] > scores["chosen"]))

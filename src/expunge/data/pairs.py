@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.data.chat import chat_pair
+from expunge.data.chat import chat_pair, say_unread, with_messages
 from expunge.data.named import File, NamedSet, locate
 from expunge.data.places import placed_pairs
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
@@ -84,9 +84,11 @@ def share_of(prompt: str) -> int:
 
 def parse_pair(row: dict[str, Any], where: str, tokenizer: Any = None, fields: dict[str, str] = PREFERENCE) -> Pair:
     """One row as a pair; `where` names it in errors, `fields` gives the row's name of each part."""
+    row = with_messages(row, where)
     if isinstance(row.get("chosen"), list):
         prompt, chosen, rejected = chat_pair(row, where, tokenizer)
     else:
+        say_unread(row)
         prompt, chosen, rejected = None, text_of(row, fields["chosen"], where), text_of(row, fields["rejected"], where)
     if chosen == rejected:
         raise ExpungeError(f"{where}: chosen and rejected are equal; there is nothing to tell apart")

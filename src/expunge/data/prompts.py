@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.data.chat import chat_prompt
+from expunge.data.chat import chat_prompt, say_unread, with_messages
 from expunge.data.named import File, NamedSet, local_file, locate
 from expunge.data.pairs import share_of
 from expunge.data.records import Record, hub_records, named_records, read_records, selected
@@ -65,9 +65,12 @@ def _is_for_tuning(row: dict[str, Any]) -> bool:
 
 def parse_prompt(row: dict[str, Any], where: str, tokenizer: Any = None) -> Prompt:
     """One row as a prompt; `where` names it in errors."""
+    row = with_messages(row, where)
     value = row.get("prompt", row.get("text"))
     if isinstance(value, list):
         value = chat_prompt(row, where, tokenizer, "prompt" if "prompt" in row else "text")
+    else:
+        say_unread(row)
     if isinstance(value, dict):
         value = value.get("text")
     if value is None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from expunge.data.chat import chat_text
+from expunge.data.chat import chat_text, say_unread, with_messages
 from expunge.data.corpora import load_corpus, passages
 from expunge.data.labelled import labelled_rows
 from expunge.data.named import File, NamedSet, locate
@@ -152,8 +152,10 @@ def _parsed(records: Iterator[Record], side: Side, tokenizer: Any) -> Iterator[T
 
 def parse_text(row: dict[str, Any], where: str, tokenizer: Any = None) -> Text:
     """One row as a text; `where` names it in errors."""
+    row = with_messages(row, where)
     if "messages" in row or isinstance(row.get("completion"), list):
         return Text(*chat_text(row, where, tokenizer))
+    say_unread(row)
     if "completion" in row:
         prompt = row.get("prompt", "")
         if not isinstance(prompt, str):

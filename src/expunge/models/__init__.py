@@ -32,6 +32,7 @@ from expunge.models.loading import (
     loading_options,
     reading,
 )
+from expunge.models.packed import quantization_of
 from expunge.models.reference import (
     Reference,
     evaluating,
@@ -83,6 +84,7 @@ __all__ = [
     "only_training",
     "original",
     "output_layer",
+    "quantization_of",
     "reading",
     "sharing_copy",
     "tokenizer_digest",

@@ -118,9 +118,11 @@ class Plan:
         _ = self.monitor_data
 
     def check_settings(self) -> None:
-        """The same for the settings alone."""
+        """The same for the settings and the model's configuration alone."""
         _ = self.args
         settings.check_model(self.config, self.trains)
+        if self.trains:
+            settings.check_trainable(self.config, self.start.description.config)
 
     # What is trained on
 

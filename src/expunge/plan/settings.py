@@ -9,13 +9,15 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+from transformers import PreTrainedConfig
+
 from expunge import hub
 from expunge.adapters import lora_config
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
 from expunge.errors import ExpungeError
 from expunge.methods import METHODS, Method
 from expunge.metrics.evaluation import EvaluationPlan
-from expunge.models import is_adapter, loading_options
+from expunge.models import is_adapter, loading_options, quantization_of
 from expunge.registry import UnknownName, did_you_mean
 from expunge.training import UnlearnConfig
 
@@ -125,6 +127,22 @@ def check_model(config: RunConfig, trains: bool) -> None:
         raise ExpungeError(
             f"{config.model}: an adapter on top of an adapter is no model by itself: add lora.merge=true, or leave out lora "
             "to train all weights"
+        )
+
+
+def check_trainable(config: RunConfig, outline: PreTrainedConfig) -> None:
+    """Raise ExpungeError where a checkpoint is quantized itself and cannot be trained so. outline: its configuration."""
+    own = quantization_of(outline)
+    if own is None:
+        return
+    if config.lora is None:
+        raise ExpungeError(
+            f"{config.model}: quantized already ({own}), and quantized weights cannot be trained; add an adapter: lora.r=16"
+        )
+    if lora_of(config)[1]:
+        raise ExpungeError(
+            f"lora.merge=true: an adapter cannot be merged into quantized weights, as those of {config.model} are ({own}); "
+            "leave it out"
         )
 
 
