@@ -409,6 +409,46 @@ def test_what_does_not_exist_is_found():
     assert unknown_words(text) == ["expunge rum", "expunge run --modle gpt2: --modle", "training.bf17", "method.weigt"]
 
 
+PLACEHOLDER = re.compile(r"\b(?:TODO|TBD|FIXME|X{2,})\b|\?{3}|\b(?i:lorem)\b")
+EQUATION = re.compile(r"\n\n {4}.*\n(?:(?: {4}.*)?\n)*")
+ENDED = re.compile(r"[.:!?][*_\"”]*$|[)\]]$")
+
+
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs of prose, without headings, tables, lists and code. A sentence may run through an indented equation."""
+    found: list[list[str]] = [[]]
+    in_list = False
+    for line in EQUATION.sub("\n", prose(text)).splitlines():
+        if re.match(r"\s*(?:[-*+]|\d+\.) ", line):
+            in_list = True
+        if not line.strip() or in_list or re.match(r"#+ |\|", line):
+            found.append([])
+            in_list = in_list and bool(line.strip())
+        else:
+            found[-1].append(line.strip())
+    return [" ".join(lines) for lines in found if lines]
+
+
+def unfinished(text: str) -> list[str]:
+    """Placeholders anywhere on a page, and the paragraphs of prose that end without a closing mark."""
+    return PLACEHOLDER.findall(text) + [each for each in paragraphs(text) if not ENDED.search(each)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_is_finished(path):
+    assert unfinished(path.read_text(encoding="utf-8")) == []
+
+
+def test_an_unfinished_page_is_found():
+    page = "# Heading\n\n| a | table\n\n- an item\n  that goes on\n\nFor example:\n- an item\n\n[A link](a.md)\n\n**So.**\n"
+    page += "```sh\necho no end\n```\n\nWith x,\n\n    y = x\n\nholds.\n"
+    assert unfinished(page) == [] and paragraphs(page) == ["For example:", "[A link](a.md)", "**So.**", "With x, holds."]
+    assert unfinished(page + "\nIt stops in the\nmiddle of\n") == ["It stops in the middle of"]
+    for word in ("TODO", "TBD", "FIXME", "XX", "XXX", "???", "Lorem"):
+        assert unfinished(f"{page}\nThe result is {word}.\n") == [word]
+        assert unfinished(f"{page}\n```sh\necho {word}\n```\n") == [word]
+
+
 def test_the_readme_links_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[2:] if f"(docs/{page.name})" not in text] == []
