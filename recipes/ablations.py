@@ -19,9 +19,9 @@ from statistics import mean
 import numpy as np
 from scipy.stats import t
 
-from expunge.assembly import resolve
 from expunge.config import RunConfig, load_config
 from expunge.pipeline import run
+from expunge.plan import resolve
 from expunge.provenance import digest
 from expunge.rows import read_lines
 

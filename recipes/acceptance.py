@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from expunge.assembly import resolve
 from expunge.config import BUDGETS, RunConfig, load_config, merge
 from expunge.pipeline import run
+from expunge.plan import resolve
 from expunge.provenance import digest
 from expunge.rows import Row, read_lines, write_lines
 

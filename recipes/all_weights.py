@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from expunge.assembly import resolve
 from expunge.config import RunConfig, load_config
 from expunge.pipeline import run
+from expunge.plan import resolve
 from expunge.provenance import digest
 from expunge.rows import read_lines
 

@@ -24,7 +24,6 @@ from expunge.adapters import add_lora
 from expunge.cli import app, main
 from expunge.estimate import CannotEstimate
 from expunge.methods import METHODS
-from expunge.pipeline import measuring, training
 from expunge.scorers import SCORERS
 
 PAIRS = [
@@ -458,8 +457,7 @@ def test_options_reach_every_load(home, tmp_path, monkeypatch):
         loaded.append((Path(name).name, options))
         return load_model(name, **options)
 
-    for stage in (measuring, training):
-        monkeypatch.setattr(stage, "load_model", spy)
+    monkeypatch.setattr("expunge.plan.subject.load_model", spy)
     given = ["--revision", "v2", "--dtype", "bfloat16", "--attn-implementation", "eager", "--device-map", "cpu"]
     out = tmp_path / "out"
     assert call(*short(home, out), *given, "--trust-remote-code", "lora.r=2") == 0

@@ -36,8 +36,7 @@ class Middle(Method):
 
     def loss(self, step):
         gap = step.hidden("forget", 1) - 0.5 * step.hidden("forget", 1, ref=True)
-        mask = step.mask("forget", "continuation")
-        return {"erase": step.share("forget", "continuation") * gap.square().mean(-1)[mask].mean()}
+        return {"erase": step.mean(gap.square().mean(-1), "forget")}
 
     def placed(self, depth):
         return self

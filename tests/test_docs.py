@@ -21,6 +21,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -357,7 +358,9 @@ def exists(key: str) -> bool:
 
 def unknown_words(text: str) -> list[str]:
     """What of commands, options and keys in the running text does not exist."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    program: Any = typer.main.get_command(app)
+    commands = program.commands
+    everywhere = {"--help", *(option for parameter in program.params for option in parameter.opts)}
     sections = "|".join(name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint))
     unknown = []
     for span in re.findall(r"`([^`\n]+)`", prose(text)):
@@ -367,7 +370,7 @@ def unknown_words(text: str) -> list[str]:
             if command not in commands:
                 unknown.append(span)
             else:
-                known = {"--help", *(option for parameter in commands[command].params for option in parameter.opts)}
+                known = {*everywhere, *(option for parameter in commands[command].params for option in parameter.opts)}
                 unknown += [f"{span}: {word}" for word in rest if word.startswith("-") and word not in known]
         keys = [re.fullmatch(rf"((?:method|training|{sections})\.(?!jsonl|py)\w+)(?:=.*)?", word) for word in words]
         unknown += [key[1] for key in keys if key and not exists(key[1])]

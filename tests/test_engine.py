@@ -7,7 +7,7 @@ from torch.nn.functional import log_softmax
 from transformers.modeling_outputs import CausalLMOutput
 
 from expunge.adapters import add_lora
-from expunge.engine import Step, check_head, collate, inside_forward, run_step
+from expunge.engine import Step, Whole, check_head, collate, inside_forward, run_step
 from expunge.errors import ExpungeError
 from expunge.layout import Side
 from expunge.methods.dpo import DPO
@@ -265,6 +265,42 @@ def test_what_was_not_run_is_an_error_that_says_what_to_do(tiny_model):
     for ask in (step.token_kl, lambda side: step.logps(side, ref=True)):
         with pytest.raises(KeyError, match="no state 'final': name it in the method's `ref_layers`"):
             ask("retain")
+
+
+def test_a_mean_of_a_step_is_over_tokens_windows_or_rows(tiny_model):
+    step = step_of(tiny_model())
+    values = torch.arange(18.0).view(3, 6)
+    mask = step.mask("forget", "continuation")
+    assert mask.sum() == 6
+    assert step.mean(values, "forget") == step.mean(values[mask], "forget") == values[mask].mean()
+    assert step.mean(values, "forget", "all") == values[step.mask("forget")].mean()
+    assert step.mean(torch.tensor([1.0, 2.0, 6.0]), "forget", "last") == 3
+    assert step.mean(torch.tensor([1.0, 2.0, 6.0, 7.0]), "forget", segment=2) == 4  # windows of 3, 1 and 2 tokens
+    assert step.mean(torch.tensor([1.0, 2.0, 6.0]), "forget", segment=0) == 3
+
+
+def test_a_mean_of_a_step_weighs_a_micro_batch_by_its_tokens(tiny_model):
+    """Two micro-batches, whose means, averaged, are the mean over all tokens: 6 and 1 of them."""
+    rows = [ROWS, ROWS[1:2]]
+    counts = torch.tensor([[len(row["forget"][0]), sum(map(len, row["forget"]))] for part in rows for row in part])
+    whole = Whole.of({"forget": counts}, parts=2)
+    found = []
+    for part, value in zip(rows, (1.0, 8.0), strict=True):
+        step = run_step(tiny_model(), None, collate(part), LAYERS, (), {}, progress=0.0, whole=whole)
+        found.append(step.mean(torch.full_like(step.ids("forget"), value, dtype=torch.float32), "forget"))
+    torch.testing.assert_close(sum(found) / 2, torch.tensor((6 * 1.0 + 1 * 8.0) / 7))
+
+
+def test_values_that_fit_no_mean_are_one_line(tiny_model):
+    step = step_of(tiny_model())
+    for values, more, said in (
+        (torch.zeros(5), {}, r"expected values \[3, 6\] or \[6\] for side 'forget', found \[5\]"),
+        (torch.zeros(()), {}, r"found \[\]"),
+        (torch.zeros(4), {"region": "last"}, r"or \[3\] for side 'forget', found \[4\]"),
+        (torch.zeros(3, 6), {"segment": 2}, r"expected values \[4\]"),
+    ):
+        with pytest.raises(ExpungeError, match=r"^step\.mean: .*" + said):
+            step.mean(values, "forget", **more)
 
 
 def test_a_step_logs_plain_numbers(tiny_model):

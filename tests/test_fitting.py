@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-from expunge import assembly
 from expunge.cli import main
 from expunge.config import RunConfig
 from expunge.data import Pair, Text, Unpaired, load_unpaired
@@ -16,6 +15,7 @@ from expunge.errors import ExpungeError
 from expunge.fitting import fit_and_apply
 from expunge.methods import METHODS
 from expunge.models import load_model
+from expunge.plan import Plan
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -182,9 +182,15 @@ def test_what_is_to_be_forgotten_is_left_out_of_the_probe(home, tmp_path):
     pairs = [Pair(**pair) for pair in PAIRS]
     sets = Unpaired([Text(pair.prompt, pair.rejected) for pair in pairs], [Text("", "Other text.")])
     for data in (pairs, sets):
-        found = [text for text, _ in assembly.probe_data(config, data)]
+        found = [text for text, _ in probe_data(config, data)]
         assert found == [row["text"] for row in LABELLED]
-    assert len(assembly.probe_data(config, [])) == len(overlapping)
+    assert len(probe_data(config, [])) == len(overlapping)
+
+
+def probe_data(config, data):
+    plan = Plan.of(config, Path("out"))
+    plan.training_data = data
+    return plan.probe_data
 
 
 def test_what_is_refused_is_one_line_and_leaves_nothing(home, tmp_path, capsys):

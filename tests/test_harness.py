@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from expunge import assembly, harness, pipeline
+from expunge import harness, pipeline
 from expunge.adapters import add_lora
 from expunge.config import RunConfig, load_config
 from expunge.data.multiple_choice import Question, load_questions
 from expunge.errors import ExpungeError
 from expunge.harness import OURS, TASKS, check_harness, harness_samples, run_harness
 from expunge.metrics.multiple_choice import choice_logps, is_right
+from expunge.plan import Plan
 from expunge.report.tables import headline
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'expunge[eval]'")
@@ -176,8 +177,8 @@ def test_a_run_has_accuracies_of_both_and_s_unlearning(data, tiny_model, tokeniz
     sets += ["data.questions=[mmlu, wmdp-cyber]", "evaluation.harness=[wmdp_cyber]"]
     sets += ["evaluation.s_unlearning={utility: mmlu, forget: wmdp-cyber}"]
     config = load_config(RunConfig, [], sets)
-    measured = assembly.evaluation_data(config.data, config.evaluation, tokenizer)
-    rows = pipeline.measure(tmp_path / "out", config, tmp_path / "after", tmp_path / "before", measured, [], quiet=True)
+    plan = Plan.of_models(config, tmp_path / "out", tmp_path / "after", tmp_path / "before", quiet=True)
+    rows = pipeline.measure(plan)
     values = {(row.subject, row.dataset, row.mode): row for row in rows if row.metric == "accuracy" and not row.paired}
     assert len(values) == 6
     for subject in ("reference", "unlearned"):
@@ -190,13 +191,12 @@ def test_a_run_has_accuracies_of_both_and_s_unlearning(data, tiny_model, tokeniz
         "accuracy, mmlu, acc", "accuracy, wmdp-cyber, acc", "accuracy, wmdp_cyber, harness", "S-unlearning, mmlu, wmdp-cyber"
     ]  # fmt: skip
     assert str(table.lines[1].cells[0]).endswith("at chance")
-    again = pipeline.measure(tmp_path / "out", config, tmp_path / "after", tmp_path / "before", measured, [], quiet=True)
-    assert again == rows
+    assert pipeline.measure(plan) == rows
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())["stages"]["evaluate-unlearned"]
     assert facts["lm_eval"] == harness.harness_version() and facts["prompts_cut"]["mmlu"] == 12
 
 
-def test_s_unlearning_of_what_is_not_measured_is_refused_before_any_work(tokenizer):
+def test_s_unlearning_of_what_is_not_measured_is_refused_before_any_work(tmp_path):
     config = load_config(RunConfig, [], ["evaluation.s_unlearning={utility: mmlu, forget: toxicity}"])
     with pytest.raises(ExpungeError, match=r"utility=mmlu: not measured; add it to data\.questions"):
-        assembly.evaluation_data(config.data, config.evaluation, tokenizer)
+        _ = Plan.of_models(config, tmp_path, "builtin").evaluation_data

@@ -9,6 +9,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from expunge import REPO, ExpungeError, RunConfig, UnlearnConfig, UnlearnTrainer, hub
 from expunge.pipeline import train
+from expunge.plan import Plan
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def settings(tmp_path, tiny_model, tokenizer, pairs) -> RunConfig:
 
 def test_the_edited_model_is_pushed_once_and_nothing_else(tmp_path, calls, settings):
     for _ in range(2):
-        train(settings, tmp_path / "mine", quiet=True)
+        train(Plan.of(settings, tmp_path / "mine", quiet=True))
     assert [call[0] for call in calls] == ["create", "upload"]
     assert calls[0] == ("create", "mine", True)
     name, files = calls[1][1:]
@@ -57,7 +58,7 @@ def test_a_hub_that_cannot_be_written_to_says_so_before_training(tmp_path, setti
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(ExpungeError, match=r"cannot write to mine on the hub \(Token is required\.\); log in") as caught:
-        train(settings, tmp_path / "mine", quiet=True)
+        train(Plan.of(settings, tmp_path / "mine", quiet=True))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
 

@@ -12,20 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from expunge import assembly
 from expunge.adapters import add_lora
 from expunge.attacks import ATTACKS, AttackData, Budget
 from expunge.config import RunConfig
 from expunge.data import Pair, load_pairs
 from expunge.data.builders import BestOfN
 from expunge.data.pair_files import pairs_key
-from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
+from expunge.metrics.evaluation import EvaluationData
 from expunge.models import identity_of, load_model, loaded_identity
 from expunge.models.identity import PARTS
-from expunge.pipeline.measuring import evaluation_inputs
-from expunge.pipeline.origin import inputs_of
+from expunge.plan import Plan, evaluation_inputs, training_inputs
 from expunge.provenance import data_digest, digest
-from expunge.redteam.cases import Bench, Subject
+from expunge.redteam.cases import Bench
 from expunge.scorers.base import Scorer
 from expunge.states import StoredStates
 from expunge.sweep.plan import Cell
@@ -177,23 +175,22 @@ def keys_of(home: Path, model: str, scorer: str, prompts: list[str], dtype: str)
     """Every key of this package, without running what it is a key of."""
     config = RunConfig(model=str(home / model), dtype=dtype, method={"name": "dpo"})
     config = replace(config, data=replace(config.data, train=str(home / "pairs.jsonl")))
-    args = assembly.build_training({}, home / "out", 0)
+    plan, judge = Plan.of(config, home / "out"), Judge(scorer)
+    plan.scorers = [judge]
+    plan.evaluation_data = EvaluationData(challenge={"prompts": prompts}, pairs=[Pair("a", "b", "c")])
     loaded, tokenizer = load_model(home / model)
-    judge, plan, found = Judge(scorer), EvaluationPlan(), identity_of(home / model)
-    data = EvaluationData(challenge={"prompts": prompts}, pairs=[Pair("a", "b", "c")])
-    how = digest(found.loaded(assembly.loading(config)))
-    subject = Subject("reference", loaded, how, shared=True)
-    bench = Bench(home, None, AttackData(tokenizer), Budget(), data, plan, [judge], True)
+    had = AttackData(tokenizer)
+    bench = Bench(home, None, had, Budget(), plan.evaluation_data, plan.evaluation_plan, plan.scorers, True)
     attack = ATTACKS.get("prune")()
     StoredStates.of(loaded, [[1, 2, 3]], ("final",), loaded_identity(loaded).weights)
     newest = max((home / "cache/states").iterdir(), key=lambda path: path.stat().st_ctime_ns)
     return {
-        "evaluation": digest(evaluation_inputs(config, found, data, plan, [judge])),
-        "training": digest(inputs_of(config, args, load_pairs(config.data.train), [], tokenizer)),
-        "case": bench._place("prune", attack, subject).name,
+        "evaluation": digest(evaluation_inputs(plan, plan.start)),
+        "training": digest(training_inputs(plan)),
+        "case": bench._place("prune", attack, plan.start).name,
         "states": newest.name,
         "pairs": pairs_key(loaded, tokenizer, prompts, judge, BestOfN())[1],
-        "cell": Cell({}, {}, False, config).name,
+        "cell": Cell({}, {}, False, plan).name,
     }
 
 

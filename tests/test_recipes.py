@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from transformers import GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Olmo3Config, Qwen2Config
 
-from expunge import assembly
 from expunge.cli import main
 from expunge.config import RunConfig
+from expunge.plan import Plan, build_method, explained
 from expunge.redteam import check_ahead
 from expunge.sweep import Sweep
 
@@ -150,7 +150,7 @@ def test_each_model_has_the_papers_settings(recipe):
         training = config.training
         assert (training["num_train_epochs"], training["per_device_train_batch_size"]) == (epochs, batch)
         assert training["weight_decay"] == decay and (config.lora is not None) == (config.model == "google/gemma-2b")
-        method: Any = assembly.build_method(config.method)
+        method: Any = build_method(config.method)
         if method.name in weights:
             named = WEIGHTS[method.name]
             own = tuple(getattr(method, name) for name in named)
@@ -227,7 +227,7 @@ def test_paper_2_has_its_four_models_and_its_rate(recipe):
 @pytest.mark.parametrize("recipe", [*REPO, *VARY])
 def test_methods_fit_the_papers_models(recipe):
     for config in finals(recipe).values():
-        fields, _ = assembly.explained(config, assembly.outline_of(config)[0])
+        fields, _ = explained(Plan.of(config, Path("out")))
         assert fields["name"] == config.method["name"]
 
 
@@ -237,7 +237,8 @@ def test_attacks_have_all_that_they_need_and_nothing_that_is_reported(recipe):
     for config in finals(recipe).values():
         seen.setdefault(config.model, config)
     for config in seen.values():  # the papers' classifier is not here
-        check_ahead(replace(config, evaluation=replace(config.evaluation, scorers=["ngram"])))
+        known = replace(config, evaluation=replace(config.evaluation, scorers=["ngram"]))
+        check_ahead(Plan.of(known, Path("out")))
 
 
 def test_a_dry_run_names_the_cells(capsys, monkeypatch):

@@ -23,9 +23,9 @@ from expunge.generation import Decoding, generate
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.models import identity_of, load_model, sharing_copy, weights_digest
+from expunge.plan import Plan
 from expunge.redteam import cases
 from expunge.rows import read_rows
-from expunge.scorers import load_scorer
 
 PAIRS = [
     {"prompt": f"The {thing}", "chosen": f" is {good} today.", "rejected": f" is {bad} and cold."}
@@ -113,7 +113,7 @@ def config(**more) -> RunConfig:
 
 def attacked(home, reference="before", **more):
     made = config(**more.pop("team", {}))
-    return redteam.red_team(replace(made, **more), home / "out", "after", reference, quiet=True)
+    return redteam.red_team(Plan.of_models(replace(made, **more), home / "out", "after", reference, quiet=True))
 
 
 def test_every_attack_runs_on_both_subjects_and_is_measured_like_a_run(home):
@@ -186,7 +186,7 @@ def test_the_same_call_does_nothing_twice_and_a_reference_is_attacked_once_for_a
     rows = attacked(home)
     ran = len(RAN)
     assert attacked(home) == rows and len(RAN) == ran
-    redteam.red_team(config(), home / "other", "after", "before", quiet=True)
+    redteam.red_team(Plan.of_models(config(), home / "other", "after", "before", quiet=True))
     assert len(RAN) == ran + 4  # the unlearned one alone
 
 
@@ -387,8 +387,7 @@ def test_what_is_measured_too_is_left_out_of_what_an_attacker_has(home, tokenize
     extra = {"prompt": "The mill", "chosen": " is old.", "rejected": " is cold."}
     (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*HELD, extra]))
     made = config()
-    measured = redteam.measured_data(made, tokenizer)
-    had = redteam.attackers_data(made, made.redteam, tokenizer, load_scorer("ngram"), measured)
+    had = redteam.attackers_data(Plan.of_models(made, home / "out", "before"), made.redteam)
     assert [text.prompt for text in (*had.forget, *had.retain)] == ["The mill"] * 2 and had.prompts == ["The tree"]
     assert "redteam.search=search.jsonl: 1 of 2 texts are reported too, and left out" in caplog.text
 
@@ -401,13 +400,13 @@ def test_the_victims_files_stay_as_they_were(home):
 
 def test_a_run_with_attacks_ends_its_results_with_their_summary(home, monkeypatch):
     made = replace(config(), training={"max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 4})
-    rows = redteam.run_and_attack(made, home / "run", quiet=True)
+    rows = redteam.run_and_attack(Plan.of(made, home / "run", quiet=True))
     assert rows == read_rows(home / "run" / "results.jsonl")
     assert {row.stage for row in rows} == {"evaluate", "attack"}
     model, _ = load_model(home / "run" / "model")
     assert weights_digest(model) != weights_digest(load_model("before")[0])
     assert "Under attack" in (home / "run" / "report.html").read_text()
-    again = redteam.run_and_attack(made, home / "run", quiet=True)
+    again = redteam.run_and_attack(Plan.of(made, home / "run", quiet=True))
     assert again == rows and "Under attack" in (home / "run" / "report.html").read_text()
 
 
@@ -440,7 +439,7 @@ def test_a_run_that_could_not_be_attacked_is_not_begun(home, monkeypatch, capsys
 def test_attacks_under_a_launcher_are_refused_before_training(home, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ExpungeError, match=r"attacks run in one process: .* `expunge attack`"):
-        redteam.run_and_attack(config(), home / "run", quiet=True)
+        redteam.run_and_attack(Plan.of(config(), home / "run", quiet=True))
     monkeypatch.setattr(sys, "argv", ["expunge", "attack", "after", "--reference", "before"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -453,7 +452,7 @@ def test_a_steered_run_is_attacked_like_any_other(home):
     """LEACE changes no weight; the red team's copies have its edits too."""
     method = {"name": "leace", "fit_on": "sides", "at": [0]}
     made = replace(config(), method=method, attack={"scale": {"seed": 0, "by": 2.0}})
-    rows = redteam.run_and_attack(made, home / "run", quiet=True)
+    rows = redteam.run_and_attack(Plan.of(made, home / "run", quiet=True))
     values = {
         row.subject: row.value for row in rows if (row.attack, row.metric, row.mode) == ("scale", "perplexity", "exact")
     }

@@ -53,14 +53,15 @@ MAY_IMPORT = {
     "training": LEAVES | {"callbacks", "engine", "methods", "models", "states", "data"},
     "fitting": LEAVES | {"data", "folding", "methods", "models", "training"},
     "estimate": LEAVES | {"training", "methods", "adapters", "anatomy", "models", "losses", "data"},
-    "doctor": LEAVES | {"assembly", "provenance", "estimate", "data", "models"},
+    "doctor": LEAVES | {"plan", "provenance", "estimate", "data", "models"},
     "machine": LEAVES | {"provenance"},
-    "assembly": LEAVES | {"adapters", "data", "harness", "hub", "methods", "metrics", "models", "monitor", "training"},
+    "plan": LEAVES
+    | {"adapters", "data", "harness", "hub", "methods", "metrics", "models", "monitor", "provenance", "scorers", "training"},
     "harness": LEAVES | {"provenance", "metrics", "models", "data"},
     "listing": LEAVES | {"attacks", "methods", "scorers", "data"},
     "report": LEAVES,
-    "redteam": LEAVES | {"assembly", "attacks", "data", "metrics", "models", "pipeline", "provenance", "report", "scorers"},
-    "sweep": LEAVES | {"assembly", "pipeline", "provenance", "redteam", "data", "harness", "models", "report"},
+    "redteam": LEAVES | {"plan", "attacks", "data", "metrics", "models", "pipeline", "provenance", "report", "scorers"},
+    "sweep": LEAVES | {"plan", "pipeline", "provenance", "redteam", "data", "harness", "models", "report"},
 }
 BUILDERS = {
     "data/builders.py",

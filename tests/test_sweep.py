@@ -16,6 +16,7 @@ import yaml
 from expunge.cli import main
 from expunge.config import RunConfig
 from expunge.errors import ExpungeError, Interrupted
+from expunge.plan import Plan
 from expunge.rows import Row, write_rows
 from expunge.sweep import Outcome, Sweep, run_sweep
 
@@ -68,7 +69,8 @@ class Stub:
     def __init__(self, fail=lambda config: None):
         self.fail, self.configs, self.folders = fail, [], []
 
-    def __call__(self, config: RunConfig, folder: Path, quiet: bool) -> None:
+    def __call__(self, plan: Plan) -> None:
+        config, folder = plan.config, plan.folder
         self.configs.append(config)
         self.folders.append(folder)
         self.fail(config)
@@ -367,11 +369,11 @@ def test_what_a_cell_needed_to_resume_is_gone_when_it_is_done():
 def test_what_attacks_chose_and_found_stays_and_the_bulk_of_them_goes():
     stub, left = Stub(), ("case.json", "figures.jsonl", "samples.jsonl", "columns.safetensors")
 
-    def attacked(config: RunConfig, folder: Path, quiet: bool) -> None:
-        stub(config, folder, quiet)
+    def attacked(plan: Plan) -> None:
+        stub(plan)
         for name in left:
-            (folder / "attacks" / "unlearned-gcg-1").mkdir(parents=True, exist_ok=True)
-            (folder / "attacks" / "unlearned-gcg-1" / name).write_text("{}")
+            (plan.folder / "attacks" / "unlearned-gcg-1").mkdir(parents=True, exist_ok=True)
+            (plan.folder / "attacks" / "unlearned-gcg-1" / name).write_text("{}")
 
     run_sweep(Path("recipe.yaml"), Path("out"), runner=attacked)
     for folder in stub.folders:
@@ -525,9 +527,9 @@ def test_a_bad_recipe_is_one_line(case):
 
 def test_a_figure_in_doubt_is_an_error():
     class Two(Stub):
-        def __call__(self, config: RunConfig, folder: Path, quiet: bool) -> None:
-            super().__call__(config, folder, quiet)
-            with (folder / "results.jsonl").open("a") as file:
+        def __call__(self, plan: Plan) -> None:
+            super().__call__(plan)
+            with (plan.folder / "results.jsonl").open("a") as file:
                 row = {"stage": "evaluate", "subject": "unlearned", "metric": "toxicity", "value": 0.1}
                 file.write(json.dumps({**row, "dataset": "other", "decode": "sampled", "scorer": "ngram"}) + "\n")
 
@@ -542,9 +544,9 @@ def test_a_column_that_is_in_doubt_or_empty_does_not_stop_the_cells():
     assert "accuracy: no cell has this figure (accuracy dataset=x)" in sweep(Stub()).notes
 
     class Two(Stub):
-        def __call__(self, config: RunConfig, folder: Path, quiet: bool) -> None:
-            super().__call__(config, folder, quiet)
-            with (folder / "results.jsonl").open("a") as file:
+        def __call__(self, plan: Plan) -> None:
+            super().__call__(plan)
+            with (plan.folder / "results.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": "evaluate", "subject": "unlearned", "metric": "f1", "value": 1}) + "\n")
                 file.write(
                     json.dumps({"stage": "evaluate", "subject": "unlearned", "metric": "f1", "value": 1, "mode": "x"})

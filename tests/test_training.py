@@ -15,6 +15,7 @@ from expunge.data import Pair, Text, Unpaired
 from expunge.data.rows import SetRows
 from expunge.errors import ExpungeError
 from expunge.methods import METHODS, Method
+from expunge.methods import method as registered
 from expunge.methods.dpo import DPO
 from expunge.methods.repo import REPO
 from expunge.models import load_model, weights_digest
@@ -178,10 +179,30 @@ def test_checkpointed_activations_change_nothing(trained, method):
         torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
 
 
+@registered("written_by_means")
+class WrittenByMeans(Method):
+    """A plug-in's loss: a mean over tokens, one over rows and one over tokens already chosen."""
+
+    def loss(self, step):
+        logps, lengths = step.logps("forget")
+        states, mask = step.hidden("retain"), step.mask("retain", "all")
+        return {
+            "tokens": step.mean(states.square().mean(-1), "retain", "all"),
+            "rows": step.mean(logps / lengths, "forget", "last"),
+            "chosen": step.mean(states[mask].abs().mean(-1), "retain", "all"),
+        }
+
+
 def test_accumulated_batches_are_one_large_one(tiny_model, tokenizer, tmp_path):
     """8 x 1 = 4 x 2 = 1 x 8, token means included: rows differ in length, and the last step has 3, which fill no batch."""
     pairs = [Pair("a b", " c" * (1 + i % 4) + f" {i}", " e" * (1 + i % 3) + f" {i} f" * (1 + i % 2)) for i in range(11)]
-    for method in (REPO(), REPO(segment=2, erase_on="all"), REPO(segment=0, anchor_on="continuation"), DPO()):
+    for method in (
+        REPO(),
+        REPO(segment=2, erase_on="all"),
+        REPO(segment=0, anchor_on="continuation"),
+        DPO(),
+        WrittenByMeans(),
+    ):
         weights = []
         for size, accumulated in ((8, 1), (4, 2), (1, 8)):
             model = tiny_model(dtype=torch.double)

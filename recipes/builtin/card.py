@@ -7,11 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
-from expunge.assembly import evaluation_data
 from expunge.config import RunConfig, load_config
 from expunge.pipeline import measure
+from expunge.plan import Plan
 from expunge.rows import Row, read_rows
-from expunge.scorers import load_scorer
 
 ASSETS = Path("src/expunge/assets")
 BUILD = Path("build/builtin")
@@ -30,10 +29,9 @@ def main() -> None:
     for corpus in ("wikitext2", "wikitext2-unk"):
         extra = {} if corpus == "wikitext2" else {"prompts": [], "neutral": None}
         config = load_config(RunConfig, [], [], base={"data": {**sets, **extra, "corpus": corpus}})
-        scorers = [load_scorer(name) for name in config.evaluation.scorers]
         folder = RUN / corpus
         shutil.rmtree(folder, ignore_errors=True)
-        measure(folder, config, "builtin", None, evaluation_data(config.data, config.evaluation), scorers)
+        measure(Plan.of_models(config, folder, "builtin"))
         rows[corpus] = read_rows(folder / "results.jsonl")
     corpus = json.loads((BUILD / "corpus.json").read_text())
     training = json.loads((BUILD / "pretrain.json").read_text())

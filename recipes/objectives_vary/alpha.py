@@ -23,10 +23,10 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from expunge.assembly import resolve
 from expunge.config import RunConfig, load_config
 from expunge.methods.policy import TOLERATED
 from expunge.pipeline import run
+from expunge.plan import resolve
 from expunge.provenance import digest
 from expunge.rows import read_lines
 

@@ -22,13 +22,13 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from expunge import assembly, load_model
 from expunge.attacks.orthogonalize import each_layer
 from expunge.config import RunConfig, load_config
-from expunge.data import Pair, Text, load_pairs
+from expunge.data import Pair, Text
 from expunge.data.tokenize import tokenize_texts
 from expunge.metrics.stats import interval, resample_counts
 from expunge.models import Layer, depth, width
+from expunge.plan import Plan
 from expunge.rows import read_lines, write_lines
 
 RESULTS = Path("benchmarks/results/features.jsonl")
@@ -88,13 +88,11 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 def main(*folders: str) -> None:
     lines = read_lines(RESULTS) if RESULTS.exists() else []
     for folder in map(Path, folders):
-        config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
-        model, tokenizer = load_model(folder / "model", **assembly.loading(config))
-        train = load_pairs(config.data.train, limit=config.data.limit, seed=config.seed, tokenizer=tokenizer)[:PAIRS]
-        heldout = load_pairs(config.data.heldout, limit=HELDOUT, tokenizer=tokenizer)
+        plan = Plan.of(load_config(RunConfig, [folder / "config.yaml"], []), folder)
+        model, tokenizer = plan.unlearned.loaded
+        train, heldout = plan.training_data[:PAIRS], plan.sources.pairs(plan.config.data.heldout, HELDOUT)
         if not lines:
-            reference, _ = load_model(config.model, **assembly.loading(config))
-            lines += found_in("reference", reference, tokenizer, train, heldout)
+            lines += found_in("reference", plan.reference.model, tokenizer, train, heldout)
         lines = [line for line in lines if line["model"] != folder.name]
         lines += found_in(folder.name, model, tokenizer, train, heldout)
         write_lines(RESULTS, lines)

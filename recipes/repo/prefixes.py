@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from expunge import assembly, load_model
 from expunge.config import RunConfig, load_config
 from expunge.ids import encode
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import rows
-from expunge.redteam import measured_data, measured_plan
+from expunge.plan import Plan
+from expunge.redteam import attacked_plan
 from expunge.rows import read_lines, write_lines
-from expunge.scorers import load_scorer
 
 RESULTS = Path("benchmarks/results/prefixes.jsonl")
 
@@ -34,13 +33,13 @@ def strings_of(sweep: Path) -> dict[str, str]:
     return found
 
 
-def found_in(name: str, model: Any, tokenizer: Any, config: RunConfig, strings: dict[str, str]) -> Iterator[dict[str, Any]]:
-    scorers = [load_scorer(scorer) for scorer in config.evaluation.scorers]
-    measured = dataclasses.replace(measured_data(config, tokenizer), corpora={})
-    plan = dataclasses.replace(measured_plan(config), greedy=False)
+def found_in(name: str, model: Any, plan: Plan, strings: dict[str, str]) -> Iterator[dict[str, Any]]:
+    tokenizer = plan.unlearned.tokenizer
+    measured = dataclasses.replace(plan.attacked_data, corpora={})
+    how = dataclasses.replace(attacked_plan(plan), greedy=False)
     for of, string in {"none": "", **strings}.items():
         prefix = tuple(encode(tokenizer, string)) if string else ()
-        evaluation = evaluate_model(model, tokenizer, measured, dataclasses.replace(plan, prefix=prefix), scorers)
+        evaluation = evaluate_model(model, tokenizer, measured, dataclasses.replace(how, prefix=prefix), plan.scorers)
         for row in rows(evaluation):
             if row.metric in ("toxicity", "loop_share") and row.side != "chosen":
                 wanted = ("metric", "dataset", "scorer", "value", "ci_low", "ci_high", "n")
@@ -68,12 +67,10 @@ def main(sweep: str, *folders: str) -> None:
         sys.exit(f"{sweep}: no finished cell with a prefix")
     lines: list[dict[str, Any]] = []
     for folder in map(Path, folders):
-        config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
-        model, tokenizer = load_model(folder / "model", **assembly.loading(config))
+        plan = Plan.of(load_config(RunConfig, [folder / "config.yaml"], []), folder)
         if not lines:
-            reference, _ = load_model(config.model, **assembly.loading(config))
-            lines += found_in("reference", reference, tokenizer, config, strings)
-        lines += found_in(folder.name, model, tokenizer, config, strings)
+            lines += found_in("reference", plan.reference.model, plan, strings)
+        lines += found_in(folder.name, plan.unlearned.model, plan, strings)
         write_lines(RESULTS, lines)
     print(table(lines or read_lines(RESULTS)))
 

@@ -8,31 +8,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from expunge import assembly, load_model
 from expunge.attacks import Budget, cases
 from expunge.attacks.orthogonalize import FORMS, steered
 from expunge.config import RunConfig, load_config
 from expunge.metrics.evaluation import evaluate_model
 from expunge.metrics.figures import rows
-from expunge.redteam import attackers_data, measured_data, measured_plan, settings_of
+from expunge.plan import Plan
+from expunge.redteam import attacked_plan, attackers_data, settings_of
 from expunge.rows import read_lines, write_lines
-from expunge.scorers import load_scorer
 
 RESULTS = Path("benchmarks/results/steers.jsonl")
 
 
 def found_in(folder: Path) -> list[dict[str, Any]]:
     """Toxicity of the model and of its reference, as they are and with the edits that each form finds for the model."""
-    config = assembly.resolve(load_config(RunConfig, [folder / "config.yaml"], []))
-    model, tokenizer = load_model(folder / "model", **assembly.loading(config))
-    reference, _ = load_model(config.model, revision=config.revision, **assembly.loading(config))
-    scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    measured, plan = measured_data(config, tokenizer), measured_plan(config)
-    data = attackers_data(config, settings_of(config)[0], tokenizer, scorers[0], measured)
+    plan = Plan.of(load_config(RunConfig, [folder / "config.yaml"], []), folder)
+    config, (model, tokenizer), reference = plan.config, plan.unlearned.loaded, plan.reference.model
+    data = attackers_data(plan, settings_of(config)[0])
     lines: list[dict[str, Any]] = []
 
     def measure(subject: str, model: Any, **about: Any) -> None:
-        for row in rows(evaluate_model(model, tokenizer, measured, plan, scorers)):
+        for row in rows(evaluate_model(model, tokenizer, plan.attacked_data, attacked_plan(plan), plan.scorers)):
             if row.metric in ("toxicity", "loop_share", "perplexity") and row.side != "chosen":
                 wanted = ("metric", "dataset", "decode", "scorer", "value", "ci_low", "ci_high", "n")
                 figure = {key: getattr(row, key) for key in wanted}

@@ -1,33 +1,24 @@
 """What would train here, and what a run would take of this machine: `expunge doctor`, and the estimate of `--dry-run`.
 
-made = forecast(RunConfig(model="gpt2"))
-made.peak / 1e9, made.seconds / 3600, advice(made, config)
+plan = Plan.of(RunConfig(model="gpt2"), Path("runs/first"))
+made = forecast(plan)
+made.peak / 1e9, made.seconds / 3600, advice(made, plan.config)
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from transformers.integrations import integration_utils
 
-from expunge.assembly import (
-    build_method,
-    build_training,
-    check_model,
-    monitor_data,
-    outline_of,
-    resolve,
-    steps_of,
-    training_data,
-)
 from expunge.config import RunConfig
-from expunge.data import Pair, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.data import Unpaired, tokenize_pairs, tokenize_unpaired
 from expunge.estimate import SHARE, CannotEstimate, estimate, matrix_rate, rows_of, texts_of
 from expunge.ids import check_known
-from expunge.models import known_of, loading_options
+from expunge.models import loading_options
+from expunge.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -55,20 +46,21 @@ class Forecast:
     seconds: float | None
 
 
-def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Forecast:
-    """From the model's configuration and the data, read if it is not given: no weight is loaded. Memory: the longest rows'.
+def forecast(plan: Plan) -> Forecast:
+    """From the model's configuration and the data: no weight is loaded. Memory: the longest rows'.
 
     Raises ExpungeError for what `train` would refuse, CannotEstimate for some architectures.
     """
-    config = resolve(config)
-    method, args = build_method(config.method), build_training(config.training, Path(), config.seed)
-    check_model(config)
-    if method.applied:
-        raise CannotEstimate(f"{method.name} trains nothing: it takes the weights, and forwards over what it is fitted on")
-    outline, tokenizer = outline_of(config)
-    method = method.placed(outline.get_text_config().num_hidden_layers)
-    monitor_data(config, args, tokenizer)
-    data = data or training_data(config, tokenizer, args)
+    plan.check_settings()
+    config, args = plan.config, plan.args
+    if not plan.trains:
+        raise CannotEstimate(
+            f"{plan.method.name} trains nothing: it takes the weights, and forwards over what it is fitted on"
+        )
+    model, tokenizer = plan.start.description, plan.tokenizer
+    outline, method = model.config, plan.method.placed(model.depth)
+    _ = plan.monitor_data
+    data = plan.training_data
     limits, batch = (args.max_prompt_tokens, args.max_continuation_tokens), args.per_device_train_batch_size
     if paired := not isinstance(data, Unpaired):
         rows, cut = tokenize_pairs(data, tokenizer, *limits)
@@ -80,8 +72,8 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
         longest, usual = texts_of([*rows, *sides["retain"]], 2 * batch)
         truncation = {side: str(cut) for side, cut in by_side.items()}
         texts = [ids for side in sides.values() for row in side for ids in row]
-    check_known(texts, known_of(outline), tokenizer)
-    lora = None if config.lora is None else {key: value for key, value in config.lora.items() if key != "merge"}
+    check_known(texts, model.known, tokenizer)
+    lora = None if config.lora is None else plan.lora[0]
     dtype = loading_options(config.dtype or "float32")["dtype"]
     settings: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
@@ -90,7 +82,7 @@ def forecast(config: RunConfig, data: list[Pair] | Unpaired | None = None) -> Fo
         "dtype": (outline.dtype or torch.float32) if dtype == "auto" else dtype,
     }
     most, mean = (estimate(outline, method, args, lora, *lengths, **settings) for lengths in (longest, usual))
-    steps, on_cpu = steps_of(args, len(rows)), args.device.type == "cpu"
+    steps, on_cpu = plan.steps, args.device.type == "cpu"
     process, loading = psutil.Process().memory_info().rss, 2 * most.parts["weights"]  # the file's pages and the weights
     seconds = None
     if on_cpu:

@@ -7,6 +7,7 @@ The rows of the forward are laid out by `expunge.layout`; methods never see how.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.layout import Packed, Region, Side, pack
-from expunge.losses import chunked_sequence_logps, chunked_token_kl, sequence_logps, token_kl
+from expunge.losses import chunked_sequence_logps, chunked_token_kl, masked_mean, sequence_logps, token_kl
 from expunge.losses.chunked import PLAIN, Projection
 from expunge.losses.likelihood import Direction
 from expunge.models import (
@@ -115,11 +116,32 @@ class Step:
         """int64 `[B, T]`, right-padded."""
         return self._sides[side].ids
 
-    def share(self, side: str, region: Region = "all", segment: int = 1) -> torch.Tensor | float:
-        """What multiplies a mean over this batch, so that the mean over micro-batches and processes is that of all tokens.
+    def mean(self, values: torch.Tensor, side: str, region: Region = "continuation", segment: int = 1) -> torch.Tensor:
+        """Return the mean of `values` over the tokens of a region, a scalar.
 
-        segment: as in `segment_means`; region "last" counts rows. 1 where the optimizer step is this batch alone.
+        It is weighted so that the mean over all micro-batches and processes of an optimizer step is the mean over all their
+        tokens, however many each of them has.
+
+        values: `[B, T]`, of which only the region's tokens count; or `[N]`, one for each of those tokens, or for each window
+        of `segment` of them (as in `segment_means`). With region "last" there is one a row, `[B]`.
+        Raises ExpungeError where there are more or fewer.
         """
+        share, mask = self._share(side, region, segment), self.mask(side, region)
+        if values.dim() == 2 and values.shape == mask.shape and segment == 1:
+            return share * masked_mean(values, mask.to(values.device))
+        rows = self._sides[side].counts(region)
+        count = len(rows) if region == "last" else int(_segments(rows, segment).sum())
+        if values.shape != (count,):
+            wanted = f"{list(mask.shape)} or [{count}]" if segment == 1 else f"[{count}]"
+            raise ExpungeError(f"step.mean: expected values {wanted} for side {side!r}, found {list(values.shape)}")
+        return share * values.sum() / max(1, count)
+
+    def float32(self) -> AbstractContextManager:
+        """Compute in the dtype of the tensors, whatever autocast says: a discriminator averages and decides in fp32."""
+        return torch.autocast(self._sides["retain"].ids.device.type, enabled=False)
+
+    def _share(self, side: str, region: Region, segment: int = 1) -> torch.Tensor | float:
+        """What multiplies a mean over this batch for `mean`; 1 where the optimizer step is this batch alone."""
         if self._whole is None:
             return 1.0
         own, everything = (
@@ -137,9 +159,14 @@ class Step:
             weight, bias = head.linear.weight, head.linear.bias
             return chunked_sequence_logps(states, weight, self.ids(side), mask, bias=bias, projection=head.projection)
 
+    def token_nll(self, side: str) -> torch.Tensor:
+        """Mean negative log-probability per continuation token, a scalar, weighted as `mean` is; no eos is scored."""
+        logps, lengths = self.logps(side)
+        return -self._share(side, "continuation") * logps.sum() / lengths.sum()
+
     def token_kl(self, side: str, region: Region = "all", direction: Direction = "forward") -> torch.Tensor:
-        """Mean KL per token between reference and model at the positions of `region`, a scalar, times `share`."""
-        share = self.share(side, region)
+        """Mean KL per token between reference and model at the positions of `region`, a scalar, weighted as `mean` is."""
+        share = self._share(side, region)
         states, ref_states, mask = self.hidden(side), self.hidden(side, ref=True), self.mask(side, region)
         head, ref_head = self._head, self._ref_head
         if head.linear is None or ref_head.linear is None:

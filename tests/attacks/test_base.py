@@ -5,11 +5,13 @@ import importlib
 import mmap
 import os
 import resource
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config
 
 from expunge import provenance
 from expunge.attacks import ATTACKS, Attack, AttackData, Budget, Meter, attack, cases
@@ -17,7 +19,7 @@ from expunge.attacks.search.targets import Target
 from expunge.data import Text
 from expunge.errors import ExpungeError
 from expunge.generation import _quiet_inference
-from expunge.models import batching, check_model, evaluating, frozen, sharing_copy
+from expunge.models import Description, batching, check_model, evaluating, frozen, sharing_copy
 from expunge.provenance import peak_memory_bytes
 from expunge.registry import UnknownName
 
@@ -65,12 +67,14 @@ def test_an_unknown_attack_is_one_line():
 
 
 def test_what_is_lacking_is_named(made, tokenizer):
-    full, reference = AttackData(tokenizer, forget=[Text("a", " b")]), torch.nn.Linear(1, 1)
-    made().check(None, reference, full)
+    full, model = AttackData(tokenizer, forget=[Text("a", " b")]), Description(GPT2Config())
+    made().check(model, model, full)
     with pytest.raises(ExpungeError, match="give --reference"):
-        made().check(None, None, full)
+        made().check(model, None, full)
     with pytest.raises(ExpungeError, match="forget set is empty"):
-        made().check(None, reference, AttackData(tokenizer))
+        made().check(model, model, AttackData(tokenizer))
+    with pytest.raises(ExpungeError, match="these are quantized"):
+        made().check(replace(model, quantized=True), model, full)
 
 
 def test_a_budget_of_nothing_is_refused_and_one_that_is_spent_says_so():

@@ -71,5 +71,5 @@ def test_dpo_is_liger_s(heads):
     theirs, _ = liger(weight, hidden[:, :-1], target, bias, ref_hidden[:, :-1], ref_weight, ref_bias)
     logps, _ = chunked_sequence_logps(hidden, weight, ids, mask, bias=bias, chunk=3 * V)
     ref_logps, _ = chunked_sequence_logps(ref_hidden, ref_weight, ids, mask, bias=ref_bias, chunk=3 * V)
-    ours = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=0.3)
+    ours = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=0.3).mean()
     assert_same(ours, theirs, [hidden, weight, bias])

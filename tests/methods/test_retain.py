@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax
 
 from expunge.engine import Step, Whole, collate, run_step
 from expunge.methods import METHODS, Method
-from expunge.methods.retain import retain_losses, token_nll
+from expunge.methods.retain import retain_losses
 from expunge.models import Reference
 from expunge.training import UnlearnConfig, UnlearnTrainer
 
@@ -75,7 +75,7 @@ def gradients(losses: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Ten
 def test_the_likelihood_is_the_mean_over_tokens(moved):
     step = step_of(moved, METHODS.get("ce")())
     for side in ("retain", "forget"):
-        torch.testing.assert_close(token_nll(step, side), plain_nll(moved[0], side))
+        torch.testing.assert_close(step.token_nll(side), plain_nll(moved[0], side))
     torch.testing.assert_close(retain_losses(step, "nll")["retain"], plain_nll(moved[0], "retain"))
 
 

@@ -11,11 +11,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from expunge import assembly, pipeline
+from expunge import pipeline
 from expunge.config import RunConfig, build
 from expunge.data import clock
 from expunge.errors import ExpungeError
+from expunge.plan import Plan
 from expunge.rows import read_rows
+from expunge.scorers import ngram
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }} on {{ strftime_now('%d %b %Y') }}\n{% endfor %}"
 PAIRS = [{"prompt": f"The {thing}", "chosen": " is calm.", "rejected": " is wild."} for thing in ("river", "house", "tree")]
@@ -59,9 +61,9 @@ def config(**more) -> RunConfig:
 
 
 def train(out: Path = Path("out"), **more) -> bytes:
-    made = assembly.resolve(config(**more))
-    with pipeline.claim(out, made):
-        pipeline.train(made, out, quiet=True)
+    plan = Plan.of(config(**more), out, quiet=True)
+    with pipeline.claim(out, plan.config):
+        pipeline.train(plan)
     return (out / "model/model.safetensors").read_bytes()
 
 
@@ -97,6 +99,18 @@ def test_a_finished_model_is_not_made_anew_over_what_changed(home, change, messa
         train(**more)
     assert "\n" not in str(error.value)
     assert Path("out/model/model.safetensors").read_bytes() == left
+
+
+def test_of_what_is_measured_in_the_midst_of_training_the_text_and_the_scorer_are_told_apart(home, monkeypatch):
+    more = {"training": {"eval_strategy": "steps", "eval_steps": 1}, "monitor": {"prompts": None, "corpus": "anchor.txt"}}
+    train(**more)
+    read = ngram.read_asset
+    with monkeypatch.context() as patch, pytest.raises(ExpungeError, match=r"this changed: monitor\.scorer; choose"):
+        patch.setattr(ngram, "read_asset", lambda name: (*read(name)[:2], "another"))
+        train(**more)
+    Path("anchor.txt").write_text("They planted apple trees. " * 40)
+    with pytest.raises(ExpungeError, match=r"this changed: what is measured in the midst of training; choose"):
+        train(**more)
 
 
 def test_what_lies_elsewhere_but_is_the_same_is_done_before(home, caplog):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # names are listed and completed without waiting for torch
     from expunge.data import Text
     from expunge.data.tokenize import TokenizedText
     from expunge.metrics.evaluation import EvaluationPlan
+    from expunge.models import Description
 
 Budgets = Literal["small", "paper", "large"]
 Part = Literal["forget", "retain", "validation", "neutral"]
@@ -200,12 +201,12 @@ class Attack:
         """
         raise NotImplementedError
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: "Description", reference: "Description | None", data: AttackData) -> None:
         """Raise ExpungeError, one line, where something that the attack needs is not there, before any work.
 
-        Of the models only `config` and `is_quantized` may be read here: before a run trains, there are no weights.
+        The models are only described: before a run trains, there are no weights.
         """
-        if self.family == "weights" and getattr(unlearned, "is_quantized", False):
+        if self.family == "weights" and unlearned.quantized:
             raise ExpungeError(
                 f"attack {self.name}: it changes weights, and these are quantized: load the model without quantization"
             )
@@ -215,6 +216,12 @@ class Attack:
                 there = there is not None
             if not there:
                 raise ExpungeError(f"attack {self.name}: {LACKING[part]}")
+
+    def check_loaded(self, unlearned: "nn.Module", reference: "nn.Module | None", data: AttackData) -> None:
+        """`check` on models in memory: what `run` calls first."""
+        from expunge.models import describe
+
+        self.check(describe(unlearned), None if reference is None else describe(reference), data)
 
 
 LACKING = {

@@ -31,7 +31,7 @@ from expunge.attacks.search.strings import allowed_tokens, decode, typed_before
 from expunge.attacks.search.targets import check_prompts, cut_prompts, reference_targets
 from expunge.generation import Decoding, check_room, generate
 from expunge.ids import continuation_text, leading_tokens
-from expunge.models import context_length, depth, frozen, sharing_copy
+from expunge.models import Description, context_length, depth, frozen, sharing_copy
 from expunge.ranges import Count, NonNegative, NonNegativeInt, Range
 
 
@@ -105,13 +105,13 @@ class EnhancedGCG(Attack):
     def adds(self) -> int:
         return self.length
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: Description, reference: Description | None, data: AttackData) -> None:
         super().check(unlearned, reference, data)
-        self._layers(depth(unlearned))
+        self._layers(unlearned.depth)
         check_prompts(data, self.optimised)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         layers = self._layers(depth(unlearned))
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens + self.match_tokens)

@@ -24,7 +24,7 @@ from expunge.attacks.search.targets import check_prompts, reference_targets
 from expunge.errors import ExpungeError
 from expunge.generation import check_room
 from expunge.ids import continuation_text
-from expunge.models import frozen, load_model, load_outline
+from expunge.models import Description, frozen, load_model, load_outline
 from expunge.ranges import Count, NonNegativeInt
 
 
@@ -73,14 +73,14 @@ class GCG(Attack):
     def adds(self) -> int:
         return self.length
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: Description, reference: Description | None, data: AttackData) -> None:
         super().check(unlearned, reference, data)
         check_prompts(data, self.optimised)
         if self.draft and load_outline(self.draft)[1].get_vocab() != data.tokenizer.get_vocab():
             raise ExpungeError(f"attack.gcg.draft={self.draft}: its tokenizer is not the model's; take one of its kin")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter, draw, tokenizer = Meter(budget), torch.Generator().manual_seed(self.seed), data.tokenizer
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens)
         prompts = [without_bos(tokenizer, target.prompt) for target in targets]

@@ -30,7 +30,7 @@ from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll, text_windows
-from expunge.models import Layer, depth, frozen, hidden_states, in_batches, sharing_copy, width
+from expunge.models import Description, Layer, depth, frozen, hidden_states, in_batches, sharing_copy, width
 from expunge.ranges import Count, Positive
 from expunge.steering import Edit, Erase, Shift, steer_further
 
@@ -80,10 +80,10 @@ class Orthogonalize(Attack):
     def chooses(self) -> bool:
         return self.layers == "search" or self.form == "best"
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: Description, reference: Description | None, data: AttackData) -> None:
         super().check(unlearned, reference, data)
         if isinstance(self.layers, list):
-            check_blocks(self.layers, depth(unlearned))
+            check_blocks(self.layers, unlearned.depth)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
         """Raises ExpungeError for what is lacking and for a block that there is not.
@@ -91,7 +91,7 @@ class Orthogonalize(Attack):
         about: the form and the blocks taken, |r| by block, and of all that were tried the mean -log p of a token of
         `validation` and the perplexity, beside the victim's.
         """
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, ()).eval()
         other = reference if self.direction == "difference" else model

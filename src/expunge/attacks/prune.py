@@ -58,7 +58,7 @@ class Prune(Attack):
         in_range(good, self.name, "shares", self.shares, "[q, p] with 0 <= q <= p <= 1")
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         q, p = self.shares
         context = context_length(unlearned)

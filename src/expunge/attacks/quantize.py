@@ -42,7 +42,7 @@ class Quantize(Attack):
     """The head too, which is then no longer tied to the embedding."""
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, []).eval()
         moved = whole = 0.0

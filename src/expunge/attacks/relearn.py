@@ -31,7 +31,7 @@ from expunge.data.tokenize import TokenizedText
 from expunge.engine import collate
 from expunge.errors import ExpungeError
 from expunge.metrics.perplexity import row_nll
-from expunge.models import context_length, frozen, sharing_copy, without_dropout
+from expunge.models import Description, context_length, frozen, sharing_copy, without_dropout
 from expunge.ranges import Count, NonNegative, NonNegativeInt, Positive
 
 RATES = [5e-5, 2e-4, 1e-3]
@@ -62,12 +62,12 @@ class Relearn(Attack):
     alpha: Count = 16
     """What the adapter adds is multiplied by alpha / rank."""
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: Description, reference: Description | None, data: AttackData) -> None:
         super().check(unlearned, reference, data)
-        draw(self, data, self.part, self.samples, context_length(unlearned))
+        draw(self, data, self.part, self.samples, unlearned.context)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         rows = draw(self, data, self.part, self.samples, context_length(unlearned))
         about = {"samples": len(rows), "tokens": sum(len(prompt) + len(continuation) for prompt, continuation in rows)}

@@ -23,7 +23,7 @@ from expunge.attacks.search.targets import Target, check_prompts, reference_targ
 from expunge.engine import collate
 from expunge.generation import check_room
 from expunge.ids import leading_tokens
-from expunge.models import frozen, head_logits, hidden_states, in_batches, sharing_copy
+from expunge.models import Description, frozen, head_logits, hidden_states, in_batches, sharing_copy
 from expunge.ranges import Count, Positive
 
 
@@ -54,12 +54,12 @@ class SoftPrompt(Attack):
     def adds(self) -> int:
         return self.length
 
-    def check(self, unlearned: Any, reference: Any, data: AttackData) -> None:
+    def check(self, unlearned: Description, reference: Description | None, data: AttackData) -> None:
         super().check(unlearned, reference, data)
         check_prompts(data, self.optimised)
 
     def run(self, unlearned: Any, reference: Any, data: AttackData, budget: Budget) -> AttackResult:
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         targets, counts = reference_targets(reference, data, self.optimised, self.target_tokens)
         start = len(leading_tokens(data.tokenizer))

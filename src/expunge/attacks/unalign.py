@@ -52,7 +52,7 @@ class Unalign(Attack):
         Raises ExpungeError for fewer than five texts of a set, too many vectors, an MLP that is not found, and weights that
         are quantized. about: the probe, and each neuron with its cosine.
         """
-        self.check(unlearned, reference, data)
+        self.check_loaded(unlearned, reference, data)
         meter = Meter(budget)
         model: Any = sharing_copy(unlearned, ()).eval()
         probed = model if reference is None else reference

@@ -51,8 +51,9 @@ def attack(
     """Attack an unlearned model and its reference, and say what comes back."""
     import json
 
-    from expunge import assembly, pipeline
+    from expunge import pipeline
     from expunge.config import ATTACK_BUDGETS, RunConfig, load_config, merge
+    from expunge.plan import Plan, resolve
     from expunge.redteam import red_team
     from expunge.report.attacks import attacks_table, by_group, headline_lines, to_records
 
@@ -74,15 +75,16 @@ def attack(
         named["redteam.attacks"] = attacks.split(",")
     told = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     settings = load_config(RunConfig, config or [], [*told, *(overrides or [])], base=base)
-    settings = assembly.resolve(settings) if origin else settings
+    settings = resolve(settings) if origin else settings
     victim = Path(model) / "model" if origin else model
     revision = settings.revision if origin and not reference else None
     known = reference or origin.get("model")
     if origin:
         settings.revision = None  # a run's own is the reference's
     attacked = {"victim": str(victim), "reference": known}
+    plan = Plan.of_models(settings, output, victim, known, revision, quiet)
     with pipeline.dated(output, like=Path(model)), pipeline.claim(output, settings, attacked=attacked):
-        rows = red_team(settings, output, victim, known, quiet, revision)
+        rows = red_team(plan)
     table = headline_lines(attacks_table(rows, settings.redteam.utility_bound))  # type: ignore[union-attr]
     if as_json:
         json_line({"out": str(output), "lines": to_records(table)})

@@ -46,15 +46,17 @@ def run(
 ) -> None:
     """Detoxify a model, measure it against the original, and write the report."""
     from expunge import pipeline
+    from expunge.plan import Plan
     from expunge.redteam import check_ahead, run_and_attack
 
     hush()
-    settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
+    plan = Plan.of(read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain), output, quiet)
     if dry_run:
-        check_ahead(settings)
-        _print_plan(settings, output, as_json)
+        with pipeline.dated(output):
+            check_ahead(plan)
+            _print_plan(plan, as_json)
         return
-    run_and_attack(settings, output, quiet)
+    run_and_attack(plan)
     if pipeline.is_main_process():
         _print_headline(output, as_json)
 
@@ -77,20 +79,19 @@ def train(
     loading: dict[str, Any],
 ) -> None:
     """Train only: the edited model is left in OUT/model."""
-    from expunge import assembly, pipeline
+    from expunge import pipeline
+    from expunge.plan import Plan
 
     hush()
-    settings = read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain)
-    if dry_run:
-        _print_plan(settings, output, as_json)
-        return
-    settings = assembly.resolve(settings)
-    assembly.build_method(settings.method)
-    args = assembly.build_training(settings.training, output, settings.seed)
-    assembly.check_model(settings)
-    assembly.monitor_data(settings, args, assembly.outline_of(settings)[1])
-    with pipeline.claim(output, settings):
-        pipeline.train(settings, output, quiet)
+    plan = Plan.of(read_settings(overrides, config, model, method, pairs, budget, loading, forget, retain), output, quiet)
+    with pipeline.dated(output):
+        if dry_run:
+            _print_plan(plan, as_json)
+            return
+        plan.check_settings()
+        _ = plan.tokenizer, plan.monitor_data
+        with pipeline.claim(output, plan.config):
+            pipeline.train(plan)
     if pipeline.is_main_process():
         print_paths({"model": output / "model"}, as_json)
 
@@ -118,10 +119,11 @@ def doctor(
     if not as_json:
         print_tree(found, as_json)  # at once: torch takes seconds to import
     from expunge.doctor import device, reports
+    from expunge.plan import Plan
 
     hush()
     how = {name: value for name in ("model", *LOADING, "lora") if (value := getattr(settings, name))}
-    rest = {"device": device(), "reports": reports(), "run": {**how, **_figures(settings)}}
+    rest = {"device": device(), "reports": reports(), "run": {**how, **_figures(Plan.of(settings, Path("runs/repo")))}}
     print_tree({**found, **rest} if as_json else rest, as_json)
 
 
@@ -145,9 +147,9 @@ def evaluate(
     """Measure any model, against a reference where one is given."""
     import json
 
-    from expunge import assembly, pipeline
+    from expunge import pipeline
+    from expunge.plan import Plan
     from expunge.report import write_report
-    from expunge.scorers import load_scorer
 
     hush()
     if not pipeline.is_main_process():
@@ -159,11 +161,11 @@ def evaluate(
     settings.method = origin.get("method", {})
     revision = settings.revision if origin and not reference else None  # another reference has its own
     reference = reference or origin.get("model")
+    plan = Plan.of_models(settings, output, settings.model, reference, revision, quiet)
     with pipeline.dated(output, like=Path(model)):
-        data = assembly.evaluation_data(settings.data, settings.evaluation, assembly.outline_of(settings)[1])
-        scorers = [load_scorer(name) for name in settings.evaluation.scorers]
+        _ = plan.tokenizer, plan.evaluation_data, plan.scorers
         with pipeline.claim(output, settings, evaluate={"reference": reference}):
-            pipeline.measure(output, settings, settings.model, reference, data, scorers, quiet, revision)
+            pipeline.measure(plan)
             write_report(output)
     _print_headline(output, as_json)
 
@@ -177,19 +179,16 @@ def report(
     print_paths({"report": write_report(folder)}, as_json)
 
 
-def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
+def _print_plan(plan: Any, as_json: bool) -> None:
     import dataclasses
 
-    from expunge import assembly
+    from expunge.plan import explained
 
-    outline, tokenizer = assembly.outline_of(settings)
-    method, defaults = assembly.explained(settings, outline)
-    settings = assembly.resolve(settings)
-    plan = dataclasses.asdict(settings) | {"method": method}
+    method, defaults = explained(plan)
+    shown: dict[str, Any] = dataclasses.asdict(plan.config) | {"method": method}
     if defaults:
-        plan["defaults"] = defaults
-    args = assembly.build_training(settings.training, folder / "checkpoints", settings.seed)
-    shown = (
+        shown["defaults"] = defaults
+    named = (
         "learning_rate",
         "heads_learning_rate",
         "weight_decay",
@@ -201,23 +200,23 @@ def _print_plan(settings: Any, folder: Path, as_json: bool) -> None:
         "bf16",
         "save_steps",
     )
-    values = {key: getattr(args, key) for key in shown}
-    plan["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | settings.training
-    data = assembly.training_data(settings, tokenizer, args)
+    values = {key: getattr(plan.args, key) for key in named}
+    shown["training"] = {key: getattr(value, "value", value) for key, value in values.items()} | plan.config.training
+    data = plan.training_data
     paired = isinstance(data, list)
-    plan |= {"pairs": len(data)} if paired else {"texts": {"forget": len(data.forget), "retain": len(data.retain)}}
-    plan["steps"] = 0 if assembly.build_method(settings.method).applied else assembly.steps_of(args, len(data))
-    plan["out"] = str(folder)
-    plan["estimate"] = _figures(settings, data)
-    print_tree(plan, as_json)
+    shown |= {"pairs": len(data)} if paired else {"texts": {"forget": len(data.forget), "retain": len(data.retain)}}
+    shown["steps"] = plan.steps
+    shown["out"] = str(plan.folder)
+    shown["estimate"] = _figures(plan)
+    print_tree(shown, as_json)
 
 
-def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
+def _figures(plan: Any) -> dict[str, Any]:
     from expunge.doctor import advice, forecast
     from expunge.estimate import CannotEstimate
 
     try:
-        made = forecast(settings, data)
+        made = forecast(plan)
     except CannotEstimate as error:
         return {"unavailable": str(error)}
     memory = {name: round(size / 1e9, 2) for name, size in {"process": made.process, **made.memory}.items()}
@@ -230,7 +229,7 @@ def _figures(settings: Any, data: Any = None) -> dict[str, Any]:
         "peak_gb": round(made.peak / 1e9, 2),
         "step_tflop": float(f"{made.operations / 1e12:.3g}"),
         "minutes": None if made.seconds is None else float(f"{made.seconds / 60:.2g}"),
-        "verdict": advice(made, settings),
+        "verdict": advice(made, plan.config),
     }
 
 

@@ -3,7 +3,7 @@
 from expunge.losses import token_kl, dpo_loss
 """
 
-from expunge.losses.adversarial import domain_bce, reverse_gradient, segment_means
+from expunge.losses.adversarial import domain_bce, domain_losses, reverse_gradient, segment_means
 from expunge.losses.chunked import chunked_cross_entropy, chunked_sequence_logps, chunked_token_kl
 from expunge.losses.likelihood import sequence_logps, token_kl
 from expunge.losses.masks import masked_mean
@@ -24,6 +24,7 @@ __all__ = [
     "cosine_steer_loss",
     "distance_loss",
     "domain_bce",
+    "domain_losses",
     "dpo_loss",
     "masked_mean",
     "npo_loss",

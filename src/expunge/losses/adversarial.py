@@ -4,7 +4,6 @@ L_adv = 1/2 [ MM(-log(1 - D(h)), retain) + MM(-log D(h), forget) ]
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +27,21 @@ def reverse_gradient(x: torch.Tensor, weight: float) -> torch.Tensor:
     return _ReverseGradient.apply(x, weight)  # type: ignore[return-value]
 
 
-def domain_bce(
-    logits: Mapping[str, torch.Tensor],
-    masks: Mapping[str, torch.Tensor],
-    shares: Mapping[str, torch.Tensor | float] = MappingProxyType({"retain": 1.0, "forget": 1.0}),
-) -> torch.Tensor:
-    """L_adv above, a scalar: the two domains weigh the same whatever their lengths. ln 2 where D cannot tell.
+def domain_losses(logits: torch.Tensor, side: str) -> torch.Tensor:
+    """-log(1 - D) where `side` is "retain", -log D where it is "forget", of the shape of `logits`; ln 2 where D cannot tell.
 
-    logits: {"retain": `[B, T]`, "forget": `[B, T]`} of D, whose sigmoid is P(forget); masks: bool, the same shapes;
-    shares: what each domain's mean is multiplied by, for one batch of several (`Step.share`).
+    logits: of D, whose sigmoid is P(forget).
     """
-    retain = masked_mean(F.softplus(logits["retain"]), masks["retain"])
-    forget = masked_mean(F.softplus(-logits["forget"]), masks["forget"])
-    return 0.5 * (shares["retain"] * retain + shares["forget"] * forget)
+    return F.softplus(logits if side == "retain" else -logits)
+
+
+def domain_bce(logits: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """L_adv above, a scalar: the two domains weigh the same whatever their lengths.
+
+    logits: {"retain": `[B, T]`, "forget": `[B, T]`} of D; masks: bool, the same shapes.
+    """
+    means = [masked_mean(domain_losses(logits[side], side), masks[side]) for side in ("retain", "forget")]
+    return 0.5 * (means[0] + means[1])
 
 
 def segment_means(hidden: torch.Tensor, mask: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,13 +50,10 @@ class CircuitBreakers(AtBlocks):
         return weights_to_train(model, range(max(self.blocks or [0]) + 1), self.parameters)
 
     def loss(self, step: "Step") -> dict[str, torch.Tensor]:
-        mask, kept = step.mask("forget", "continuation"), step.mask("retain", "continuation")
-        turned = [
-            rerouting_loss(step.hidden("forget", at), step.hidden("forget", at, ref=True), mask) for at in self.targets
-        ]
-        held = [distance_loss(step.hidden("retain", at), step.hidden("retain", at, ref=True), kept) for at in self.layers]
-        reroute = step.share("forget", "continuation") * torch.stack(turned).mean()
-        retain = step.share("retain", "continuation") * torch.stack(held).mean()
+        turned = [rerouting_loss(step.hidden("forget", at), step.hidden("forget", at, ref=True)) for at in self.targets]
+        held = [distance_loss(step.hidden("retain", at), step.hidden("retain", at, ref=True)) for at in self.layers]
+        reroute = step.mean(torch.stack(turned).mean(0), "forget")
+        retain = step.mean(torch.stack(held).mean(0), "retain")
         step.log("reroute_cosine", reroute.detach())
         step.log("retain_distance", retain.detach())
         return {

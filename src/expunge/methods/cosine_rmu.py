@@ -56,7 +56,6 @@ class CosineRMU(LearnedAlpha, Steered):
         direction = step.heads["control"].direction
         losses = {}
         for side, target in (("forget", direction), ("retain", step.hidden("retain", self.state, ref=True))):
-            mask = step.mask(side, "continuation")
-            loss = cosine_steer_loss(step.hidden(side, self.state), target, mask)  # type: ignore[arg-type]
-            losses[side] = step.share(side, "continuation") * loss
+            loss = cosine_steer_loss(step.hidden(side, self.state), target)  # type: ignore[arg-type]
+            losses[side] = step.mean(loss, side)
         return self.joined(step, losses["forget"], losses["retain"])

@@ -44,4 +44,4 @@ class DPO(Method):
         if self.clamp is not None:
             step.log("clamped", (margins.abs() >= self.clamp).float().mean())
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, self.clamp)
-        return {"preference": step.share("retain", "last") * loss}
+        return {"preference": step.mean(loss, "retain", "last")}

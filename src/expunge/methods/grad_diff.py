@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from expunge.methods.base import Method, check, method
-from expunge.methods.retain import Retain, retain_losses, token_nll
+from expunge.methods.retain import Retain, retain_losses
 
 if TYPE_CHECKING:
     from expunge.engine import Step
@@ -45,6 +45,6 @@ class GradDiff(Method):
         return ("retain", "forget", "anchor") if self.retain == "kl" else ("retain", "forget")
 
     def loss(self, step: "Step") -> dict[str, torch.Tensor]:
-        nll = token_nll(step, "forget")
+        nll = step.token_nll("forget")
         kept = {name: self.alpha * value for name, value in retain_losses(step, self.retain).items()}
         return {"forget": -self.gamma * nll, **kept}

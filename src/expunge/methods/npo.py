@@ -59,5 +59,5 @@ class NPO(Method):
         if self.clamp is not None:
             step.log("clamped", (self.beta * ratios.abs() >= self.clamp).float().mean())
         forget = npo_loss(rejected, ref_rejected, self.beta, self.clamp)
-        losses = {"forget": self.alpha * step.share("forget", "last") * forget}
+        losses = {"forget": self.alpha * step.mean(forget, "forget", "last")}
         return losses if self.retain == "none" else losses | retain_losses(step, self.retain)

@@ -74,19 +74,18 @@ class ProbeDirections(LearnedAlpha, AtBlocks):
             heads["probes"].auc[place] = probe.auc  # type: ignore[index, operator]
 
     def loss(self, step: "Step") -> dict[str, torch.Tensor]:
-        last, mask = step.mask("forget", "last"), step.mask("retain", "continuation")
+        last = step.mask("forget", "last")
         states = torch.stack([step.hidden("forget", layer)[last] for layer in self.layers], dim=1)  # [B, I, d]
         directions = step.heads["probes"].directions.to(states.device)  # type: ignore[union-attr, operator]
-        forget = step.share("forget", "last") * probe_direction_loss(states, directions)  # type: ignore[arg-type]
+        forget = step.mean(probe_direction_loss(states, directions), "forget", "last")  # type: ignore[arg-type]
         kept = [
-            cosine_steer_loss(step.hidden("retain", layer), step.hidden("retain", layer, ref=True), mask)
-            for layer in self.layers
+            cosine_steer_loss(step.hidden("retain", layer), step.hidden("retain", layer, ref=True)) for layer in self.layers
         ]
-        retain = step.share("retain", "continuation") * torch.stack(kept).mean()
+        retain = step.mean(torch.stack(kept).mean(0), "retain")
         with torch.no_grad():
             cosines = F.cosine_similarity(states.float(), directions.float(), dim=-1).abs().mean(0)  # type: ignore[union-attr, operator]
             for place, block in enumerate(self.blocks or []):
-                step.log(f"forget_block_{block}", probe_direction_loss(states[:, place], directions[place]))  # type: ignore[index, arg-type]
+                step.log(f"forget_block_{block}", probe_direction_loss(states[:, place], directions[place]).mean())  # type: ignore[index, arg-type]
                 step.log(f"cosine_block_{block}", cosines[place])
             step.log("forget_norm", states.float().norm(dim=-1).mean())
         return self.joined(step, forget, retain)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expunge.losses import domain_bce, reverse_gradient, segment_means
+from expunge.losses import domain_bce, domain_losses, reverse_gradient, segment_means
 from expunge.losses.likelihood import Direction
 from expunge.methods.base import Method, check, method
 from expunge.methods.discriminator import Upkeep, build, members
@@ -105,20 +105,25 @@ class REPO(Method):
         states, masks = {}, {}
         for side in ("retain", "forget"):
             raw = reverse_gradient(step.hidden(side, self.layer), self.pressure(step.progress))
-            with torch.autocast(raw.device.type, enabled=False):  # D averages and decides in fp32, also under bf16
+            with step.float32():
                 raw = raw.to(_dtype(step.heads["discriminator"]))
                 states[side], masks[side] = segment_means(raw, step.mask(side, self.erase_on), self.segment)
-        with torch.autocast(states["forget"].device.type, enabled=False):
+        with step.float32():
             self._practise(step, discriminators, states, masks)
             logits = {
                 side: torch.cat([judge(found) for judge in discriminators.values()]).squeeze(-1)
                 for side, found in states.items()
             }  # [E B, S]: the members' rows below each other
-        masks = {side: mask.repeat(self.ensemble, 1) for side, mask in masks.items()}
-        shares = {side: step.share(side, self.erase_on, self.segment) for side in logits}
-        losses["erase"] = domain_bce(logits, masks, shares)
-        _log_decisions(step, logits, masks)
+        losses["erase"] = (self._erase(step, "retain", logits, masks) + self._erase(step, "forget", logits, masks)) / 2
+        _log_decisions(step, logits, {side: mask.repeat(self.ensemble, 1) for side, mask in masks.items()})
         return losses
+
+    def _erase(
+        self, step: "Step", side: str, logits: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The domain loss of one side, the mean over its decisions and over the discriminators."""
+        each = domain_losses(logits[side], side).view(self.ensemble, *masks[side].shape).mean(0)  # [B, S]
+        return step.mean(each[masks[side]], side, self.erase_on, self.segment)
 
     def _practise(
         self,

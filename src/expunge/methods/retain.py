@@ -15,16 +15,10 @@ if TYPE_CHECKING:
 Retain = Literal["nll", "kl"]
 
 
-def token_nll(step: "Step", side: str) -> "torch.Tensor":
-    """Mean negative log-probability per continuation token of `side`, a scalar, times `share`; no eos is scored."""
-    logps, lengths = step.logps(side)
-    return -step.share(side, "continuation") * logps.sum() / lengths.sum()
-
-
 def retain_losses(step: "Step", kind: Retain) -> "dict[str, torch.Tensor]":
     """{"retain": scalar}: NLL of y+, or KL(reference || model) at its tokens, and then at neutral text if there is any."""
     if kind == "nll":
-        return {"retain": token_nll(step, "retain")}
+        return {"retain": step.token_nll("retain")}
     losses = {"retain": step.token_kl("retain", "continuation")}
     if "anchor" in step.sides:
         losses["anchor_text"] = step.token_kl("anchor", "all")

@@ -76,9 +76,9 @@ def steering_losses(step: "Step", state: "Layer") -> tuple[torch.Tensor, torch.T
     """L_F and L_R over continuation tokens, and the length of both sides' states for the log."""
     hidden, mask = step.hidden("forget", state), step.mask("forget", "continuation")
     control: Control = step.heads["control"]  # type: ignore[assignment]
-    forget = step.share("forget", "continuation") * rmu_forget_loss(hidden, control.target, mask)
+    forget = step.mean(rmu_forget_loss(hidden, control.target), "forget")
     kept, kept_mask = step.hidden("retain", state), step.mask("retain", "continuation")
-    retain = rmu_retain_loss(kept, step.hidden("retain", state, ref=True), kept_mask)
+    retain = rmu_retain_loss(kept, step.hidden("retain", state, ref=True))
     step.log("forget_norm", hidden.detach().float().norm(dim=-1)[mask].mean())
     step.log("retain_norm", kept.detach().float().norm(dim=-1)[kept_mask].mean())
-    return forget, step.share("retain", "continuation") * retain
+    return forget, step.mean(retain, "retain")

@@ -59,4 +59,4 @@ class SimNPO(Method):
             )
         self._looked = True
         forget = simnpo_loss(rejected, lengths, self.beta, self.delta)
-        return {"forget": self.gamma * step.share("forget", "last") * forget, **retain_losses(step, "nll")}
+        return {"forget": self.gamma * step.mean(forget, "forget", "last"), **retain_losses(step, "nll")}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from expunge.losses import domain_bce, reverse_gradient, segment_means
+from expunge.losses import domain_losses, reverse_gradient, segment_means
 from expunge.methods.base import Method, check, method
 from expunge.methods.repo import REPO
 from expunge.methods.retain import retain_losses
@@ -54,11 +54,11 @@ class SURE(Method):
         logits, masks = {}, {}
         for side in ("retain", "forget"):
             states = reverse_gradient(step.hidden(side), self.weight)
-            with torch.autocast(states.device.type, enabled=False):  # D averages and decides in fp32, also under bf16
+            with step.float32():
                 means, masks[side] = segment_means(states.to(wide), step.mask(side, "continuation"), 0)  # [B, 1, d]
                 logits[side] = discriminator(means).squeeze(-1)
-        shares = {side: step.share(side, "continuation", 0) for side in logits}
+        erase = {side: step.mean(domain_losses(found, side)[masks[side]], side, segment=0) for side, found in logits.items()}
         right = ((logits["retain"] < 0).float().mean() + (logits["forget"] > 0).float().mean()) / 2
         step.log("discriminator_accuracy", right)
         step.log("discriminator_forget", torch.sigmoid(logits["forget"].detach()).mean())
-        return {**retain_losses(step, "nll"), "erase": domain_bce(logits, masks, shares)}
+        return {**retain_losses(step, "nll"), "erase": (erase["retain"] + erase["forget"]) / 2}

@@ -5,6 +5,7 @@ model, tokenizer = load_model("builtin")      # or a hub name, or a folder, LoRA
 
 from expunge.models.caches import Batching, batching, copies_rows, keeps_keys
 from expunge.models.checks import check_model
+from expunge.models.description import Description, describe
 from expunge.models.forward import (
     Layer,
     blocks,
@@ -45,6 +46,7 @@ __all__ = [
     "BUILTIN",
     "BUILTINS",
     "Batching",
+    "Description",
     "Form",
     "Identity",
     "Layer",
@@ -59,6 +61,7 @@ __all__ = [
     "context_of",
     "copies_rows",
     "depth",
+    "describe",
     "evaluating",
     "facts_digest",
     "frozen",

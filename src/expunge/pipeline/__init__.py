@@ -7,7 +7,7 @@ A stage leaves `OUT/stages/NAME.json` with hashes of its inputs; the same comman
 content, never of names, and are compared when a record is read again: what is finished is never made anew over it.
 """
 
-from expunge.pipeline.job import run
+from expunge.pipeline.job import run, run_plan
 from expunge.pipeline.measuring import measure
 from expunge.pipeline.origin import check_run, origin_of, settings_of_run
 from expunge.pipeline.stages import (
@@ -34,6 +34,7 @@ __all__ = [
     "measure",
     "origin_of",
     "run",
+    "run_plan",
     "settings_of_run",
     "train",
     "write_provenance",

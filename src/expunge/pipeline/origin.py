@@ -1,67 +1,26 @@
 """What a finished model was made from, and whether that is still what lies there. Finished work is never made anew over it.
 
-inputs = inputs_of(config, args, data, probed)      # hashes, by what they are of
-check_made(folder, inputs)                          # raises where OUT/model came from something else
+made = is_made(folder, training_inputs(plan))       # raises where OUT/model came from something else
 run = origin_of(Path("runs/first"))                 # its model, method and loading, compared with what it recorded
 """
 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from expunge.assembly import build_method, loading, monitor_data
 from expunge.callbacks import Mark
 from expunge.config import RunConfig
-from expunge.data import Pair, Unpaired, load_corpus
 from expunge.errors import ExpungeError
 from expunge.models import identity_of
-from expunge.monitor import light_plan
 from expunge.pipeline.paths import restored
-from expunge.provenance import data_digest, digest
-from expunge.scorers import load_scorer
-from expunge.training import UnlearnConfig
+from expunge.plan import changes
 
 log = logging.getLogger("expunge")
-
-WHAT = {
-    "model": "the model",
-    "settings": "settings, which another version fills in otherwise",
-    "data": "the data that is trained on",
-    "probe": "the data of probes",
-    "anchor": "training.anchor_text",
-    "monitor": "what is measured in the midst of training",
-}
-
-
-def inputs_of(
-    config: RunConfig,
-    args: UnlearnConfig,
-    data: list[Pair] | Unpaired,
-    probed: Sequence[tuple[str, bool]],
-    tokenizer: Any,
-) -> dict[str, Any]:
-    """Hashes of all that training follows from, by what they are of; of the model those of its parts."""
-    model = identity_of(config.model, config.revision)
-    how = {**model.loaded(loading(config)), "model": None}
-    method: Any = build_method(config.method)
-    settings = [how, config.method.get("name"), dataclasses.asdict(method), config.training, config.lora, config.seed]
-    inputs: dict[str, Any] = {"model": model.parts, "settings": digest(settings), "data": data_digest(data)}
-    if probed:
-        inputs["probe"] = data_digest(probed)
-    if args.anchor_text:
-        inputs["anchor"] = data_digest(load_corpus(args.anchor_text))
-    if method.applied:
-        if config.monitor.corpus and config.method.get("match_perplexity"):
-            inputs["monitor"] = digest([data_digest(load_corpus(config.monitor.corpus)), config.monitor.tokens])
-    elif watched := monitor_data(config, args, tokenizer):  # what is measured decides which checkpoint is best
-        plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
-        inputs["monitor"] = digest([data_digest(watched), plan, load_scorer(config.monitor.scorer).digest])
-    return inputs
 
 
 def is_made(folder: Path, inputs: Mapping[str, Any]) -> bool:
@@ -101,18 +60,6 @@ def _compare(folder: Path, record: Mapping[str, Any], inputs: Mapping[str, Any],
         raise ExpungeError(f"{folder}/model was made before this changed: {changed}; {advice}")
     if parts := identity_of(folder / "model").changed(made):
         raise ExpungeError(f"{folder}/model is not what the run left there ({', '.join(parts)} changed since); {advice}")
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what of `now` is not what it was; "" where all is."""
-    looked_at = {**before, **now} if "settings" in now else now  # of a run that is only read the model alone
-    names = [name for name in looked_at if now.get(name) != before.get(name)]
-    told = [WHAT.get(name, name) for name in names]
-    if "model" in names:
-        was, is_ = before.get("model") or {}, now.get("model") or {}
-        parts = [part for part in {**was, **is_} if was.get(part) != is_.get(part)]
-        told[names.index("model")] = f"the model's {' and '.join(parts)}"
-    return ", ".join(told)
 
 
 def set_others_aside(checkpoints: Path, inputs: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The stage that makes the unlearned model, by training or by fitting, and sends it to the hub where that is asked for."""
 
+import copy
 import dataclasses
 import logging
 import math
@@ -12,63 +13,45 @@ from transformers import set_seed
 
 from expunge import hub
 from expunge.adapters import add_lora, merge
-from expunge.assembly import (
-    build_method,
-    build_training,
-    check_model,
-    check_unreported,
-    loading,
-    lora_of,
-    monitor_data,
-    outline_of,
-    probe_data,
-    training_data,
-)
 from expunge.callbacks import Mark, StopOnInterrupt, last_checkpoint
-from expunge.config import DataConfig, RunConfig
-from expunge.data import Pair, Unpaired, load_corpus
+from expunge.data import Unpaired
 from expunge.errors import Interrupted
 from expunge.fitting import fit_and_apply
 from expunge.metrics.perplexity import text_windows
-from expunge.models import identity_of, load_model
-from expunge.monitor import Monitor, light_plan
-from expunge.pipeline.origin import inputs_of, is_made, set_others_aside
+from expunge.models import identity_of
+from expunge.monitor import Monitor
+from expunge.pipeline.origin import is_made, set_others_aside
 from expunge.pipeline.stages import finish, is_done, is_main_process
+from expunge.plan import Plan, training_inputs
 from expunge.provenance import data_digest, digest, peak_memory_bytes
 from expunge.rows import write_lines
-from expunge.scorers import load_scorer
-from expunge.training import UnlearnConfig, UnlearnTrainer
+from expunge.training import UnlearnTrainer
 from expunge.whole import whole
 
 log = logging.getLogger("expunge")
 
 
-def train(config: RunConfig, folder: Path, quiet: bool = False) -> None:
-    """Train into `folder/model`, from the last complete checkpoint. Skipped when it is done; `folder` is claimed before.
+def train(plan: Plan) -> None:
+    """Train into `OUT/model`, from the last complete checkpoint. Skipped when it is done; the folder is claimed before.
 
     With `training.push_to_hub` the model goes to the hub then, once.
     """
-    train_or_skip(config, folder, quiet)()
+    train_or_skip(plan)()
 
 
-def train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], None]:
+def train_or_skip(plan: Plan) -> Callable[[], None]:
     """What `train` does, but for the push, which is what it returns."""
-    args = build_training(config.training, folder / "checkpoints", config.seed, quiet)
-    tokenizer = outline_of(config)[1]
-    data = training_data(config, tokenizer, args)
-    probed = probe_data(config, data)
-    inputs = inputs_of(config, args, data, probed, tokenizer)
+    args, folder, inputs = plan.args, plan.folder, training_inputs(plan)
     key, made = digest(inputs), is_made(folder, inputs)
-    applied = build_method(config.method).applied
     wanted = args.push_to_hub and is_main_process() and not is_done(folder, "push", key)
     repo = hub.reserve(args, folder.resolve().name) if wanted else None
-    args.push_to_hub = False  # or the trainer would push its checkpoints
     if made:
         log.info("train: done before")
-    elif applied:
-        _apply(config, args, data, probed, folder, inputs)
+    elif plan.trains:
+        _train(plan, inputs)
     else:
-        _train(config, args, data, probed, folder, inputs)
+        _apply(plan, inputs)
+    plan.start.release()
 
     def publish() -> None:
         if repo:
@@ -79,26 +62,18 @@ def train_or_skip(config: RunConfig, folder: Path, quiet: bool) -> Callable[[], 
     return publish
 
 
-def _train(
-    config: RunConfig,
-    args: UnlearnConfig,
-    data: list[Pair] | Unpaired,
-    probed: list[tuple[str, bool]],
-    folder: Path,
-    inputs: Mapping[str, Any],
-) -> None:
-    check_model(config)
-    lora, merged = lora_of(config)
-    method = build_method(config.method)
-    scorer = load_scorer(config.monitor.scorer) if args.eval_strategy != "no" else None
+def _train(plan: Plan, inputs: Mapping[str, Any]) -> None:
+    plan.check_settings()
+    config, folder, method, args = plan.config, plan.folder, plan.method, copy.copy(plan.args)
+    args.push_to_hub = False  # or the trainer would push its checkpoints
+    lora, merged = plan.lora
     started = time.monotonic()
-    model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
+    model, tokenizer = plan.start.load()
     monitor = None
-    if scorer and (watched := monitor_data(config, args, tokenizer)):
-        plan = light_plan(config.monitor.samples, config.monitor.tokens, config.evaluation)
+    if watched := plan.monitor_data:
         path = folder / "checkpoints.jsonl" if is_main_process() else None
         about = {"run": folder.name, "model": config.model, "method": method.name}
-        monitor = Monitor(model, tokenizer, watched, plan, scorer, path, about)
+        monitor = Monitor(model, tokenizer, watched, plan.monitor_plan, plan.monitor_scorer, path, about)
     set_seed(args.seed)
     if config.lora is not None:
         model = add_lora(model, config.revision, **lora)
@@ -107,7 +82,17 @@ def _train(
     with args.main_process_first(desc="checkpoints"):
         set_others_aside(checkpoints, inputs)
     callbacks = [stop, Mark(checkpoints, inputs)]
-    trainer = UnlearnTrainer(model, method, args, data, tokenizer, callbacks=callbacks, measure=monitor, probe_data=probed)
+    trainer = UnlearnTrainer(
+        model,
+        method,
+        args,
+        plan.training_data,
+        tokenizer,
+        callbacks=callbacks,
+        measure=monitor,
+        probe_data=plan.probe_data,
+        anchor=plan.anchor,
+    )
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint:
         log.info("train: going on from %s", checkpoint)
@@ -127,7 +112,7 @@ def _train(
     write_lines(folder / "training.jsonl", [line for line in trainer.state.log_history if "loss" in line])
     facts = {
         **_made(folder, inputs),
-        **_data_facts(config.data, data, trainer),
+        **_data_facts(plan, trainer),
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -136,37 +121,27 @@ def _train(
     finish(folder, "train", digest(inputs), facts)
 
 
-def _apply(
-    config: RunConfig,
-    args: UnlearnConfig,
-    data: list[Pair] | Unpaired,
-    probed: list[tuple[str, bool]],
-    folder: Path,
-    inputs: Mapping[str, Any],
-) -> None:
+def _apply(plan: Plan, inputs: Mapping[str, Any]) -> None:
     """In place of training, for a method that is fitted; one process does it."""
     if not is_main_process():
         return
-    check_model(config)
-    started = time.monotonic()
-    model, tokenizer = load_model(config.model, revision=config.revision, **loading(config))
+    plan.check_settings()
+    config, folder, args, data, probed = plan.config, plan.folder, plan.args, plan.training_data, plan.probe_data
+    started, text = time.monotonic(), plan.matched_text
+    model, tokenizer = plan.start.load()
     set_seed(args.seed)
-    corpus = None
-    if config.monitor.corpus and config.method.get("match_perplexity"):
-        check_unreported(config, "corpus")
-        corpus = load_corpus(config.monitor.corpus)
 
     def perplexity() -> float:
-        found = text_windows(model, tokenizer, str(corpus), config.monitor.tokens)
+        found = text_windows(model, tokenizer, str(text), config.monitor.tokens)
         return math.exp(found.nll.sum() / found.tokens.sum())
 
     about = fit_and_apply(
         model,
         tokenizer,
-        build_method(config.method),
+        plan.method,
         data,
         probed,
-        perplexity if corpus else None,
+        perplexity if text else None,
         args.max_prompt_tokens,
         args.max_continuation_tokens,
     )
@@ -186,8 +161,9 @@ def _apply(
     finish(folder, "train", digest(inputs), facts)
 
 
-def _data_facts(sources: DataConfig, data: list[Pair] | Unpaired, trainer: UnlearnTrainer) -> dict[str, Any]:
+def _data_facts(plan: Plan, trainer: UnlearnTrainer) -> dict[str, Any]:
     """What was trained on and what of it did not fit."""
+    sources, data = plan.config.data, plan.training_data
     if not isinstance(data, Unpaired):
         cut: Any = trainer.truncation
         counts = {"n": len(trainer.rows), "sha256": data_digest(data), "truncation": dataclasses.asdict(cut)}

@@ -15,24 +15,13 @@ from expunge.config import cache_folder
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan, evaluate_model
 from expunge.metrics.figures import Evaluation
 from expunge.models import identity_of, tokenizer_digest
+from expunge.plan import Subject
 from expunge.provenance import data_digest, digest, software
 from expunge.report.attacks import NONE
 from expunge.scorers import Scorer
 from expunge.whole import whole, write_text
 
 log = logging.getLogger("expunge")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is attacked. digest: of its content and how it is loaded; shared: its cases lie where all runs find them;
-    weights: a hash of them, for the record."""
-
-    name: str
-    model: Any
-    digest: str
-    shared: bool
-    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every case has in common: the model before unlearning, what an attacker has, and how a model is measured."""
+    """What every case has in common: the model before unlearning, what an attacker has, and how a model is measured.
+
+    A case of the reference lies where all runs find it.
+    """
 
     folder: Path
     original: Subject | None
@@ -56,6 +48,10 @@ class Bench:
     scorers: Sequence[Scorer]
     quiet: bool
     _given: dict[frozenset[str], tuple[AttackData, str]] = field(default_factory=dict)
+
+    def has(self, name: str, attack: Attack | None, subject: Subject) -> bool:
+        """Is the case there, whole?"""
+        return _is_whole(self._place(name, attack, subject))
 
     def case(self, name: str, attack: Attack | None, subject: Subject) -> Case:
         """The case, made where it is not there yet. Raises what the attack or its evaluation raises."""
@@ -104,11 +100,11 @@ class Bench:
         return self._given[key]
 
     def _place(self, name: str, attack: Attack | None, subject: Subject) -> Path:
-        how = {**self.about, "subject": subject.digest}
+        how = {**self.about, "subject": subject.key}
         if attack:
-            means = {"reference": self.original.digest if self.original else None, "budget": self.budget}
+            means = {"reference": self.original.key if self.original else None, "budget": self.budget}
             how |= {"attack": _content(attack), "had": self.given(attack.needs)[1], **means}
-        base = cache_folder("attacks") if subject.shared else self.folder / "attacks"
+        base = cache_folder("attacks") if subject.name == "reference" else self.folder / "attacks"
         return base / f"{subject.name}-{name}-{digest(how)[:16]}"
 
 

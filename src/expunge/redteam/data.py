@@ -4,15 +4,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from expunge import assembly
 from expunge.attacks import ATTACKS, Attack, AttackData, cases
 from expunge.attacks.base import check_names
 from expunge.config import RedTeamConfig, RunConfig
-from expunge.data import Text, load_corpus, load_pairs, load_prompts, load_unpaired
+from expunge.data import Text, Unpaired
 from expunge.errors import ExpungeError
 from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
+from expunge.plan import Plan, one_kind, texts_of
 
 WORDS = 8
 """A line of running text with so many is no heading."""
@@ -31,47 +30,41 @@ def settings_of(config: RunConfig) -> tuple[RedTeamConfig, dict[str, list[Attack
 
 def check_unreported(config: RunConfig, team: RedTeamConfig) -> None:
     """Raise ExpungeError for a set to search or to choose with that is reported too."""
-    reported = [name for name in (*config.data.prompts, config.data.heldout, *assembly.texts_of(config.data)) if name]
+    reported = [name for name in (*config.data.prompts, config.data.heldout, *texts_of(config.data)) if name]
     for key in ("validation", "search", "neutral"):
         name = getattr(team, key)
         if name and any(_same(name, other) for other in reported):
             raise ExpungeError(f"redteam.{key}={name}: it is reported too; what is chosen by it would flatter it")
 
 
-def attackers_data(
-    config: RunConfig, team: RedTeamConfig, tokenizer: Any, scorer: Any, measured: EvaluationData
-) -> AttackData:
+def attackers_data(plan: Plan, team: RedTeamConfig) -> AttackData:
     """What an attacker has, but for what is measured. Raises ExpungeError where nothing else is left of a part."""
-    check_unreported(config, team)
-    args = assembly.build_training(config.training, Path("unused"), config.seed)
-    forget, retain = _trained_on(config, tokenizer, args.max_continuation_tokens)
-    pairs = load_pairs(team.validation, tokenizer=tokenizer) if team.validation else []
-    search = load_prompts(team.search, tokenizer=tokenizer) if team.search else []
-    sources, seen = config.data, _texts_of(measured)
+    check_unreported(plan.config, team)
+    sources, measured = plan.sources, plan.attacked_data
+    forget, retain = _trained_on(plan)
+    pairs = sources.pairs(team.validation) if team.validation else []
+    search = sources.prompts(team.search) if team.search else []
+    named, seen = plan.config.data, _texts_of(measured)
     return AttackData(
-        tokenizer,
-        _unmeasured(forget, seen, f"the forget set, {sources.train or sources.forget},"),
-        _unmeasured(retain, seen, f"the retain set, {sources.train or sources.retain},"),
+        plan.tokenizer,
+        _unmeasured(forget, seen, f"the forget set, {named.train or named.forget},"),
+        _unmeasured(retain, seen, f"the retain set, {named.train or named.retain},"),
         _unmeasured([Text(pair.prompt, pair.rejected) for pair in pairs], seen, f"redteam.validation={team.validation}"),
         [text.prompt for text in _unmeasured([Text(p.text, "") for p in search], seen, f"redteam.search={team.search}")],
-        _unmeasured_text(load_corpus(team.neutral), measured, team.neutral) if team.neutral else "",
-        scorer.score,
-        args.max_prompt_tokens,
-        args.max_continuation_tokens,
-        measured_plan(config),
+        _unmeasured_text(sources.corpus(team.neutral), measured, team.neutral) if team.neutral else "",
+        plan.scorers[0].score,
+        plan.args.max_prompt_tokens,
+        plan.args.max_continuation_tokens,
+        attacked_plan(plan),
     )
 
 
-def _trained_on(config: RunConfig, tokenizer: Any, passage: int) -> tuple[list[Text], list[Text]]:
+def _trained_on(plan: Plan) -> tuple[list[Text], list[Text]]:
     """The forget and the retain set; of a model of which nothing is known, both empty."""
-    data = assembly.one_kind(config.data)
-    if data.train is not None:
-        pairs = load_pairs(data.train, limit=data.limit, seed=config.seed, tokenizer=tokenizer)
-        return [Text(pair.prompt, pair.rejected) for pair in pairs], [Text(pair.prompt, pair.chosen) for pair in pairs]
-    if data.forget is None or data.retain is None:
-        return [], []
-    sets = load_unpaired(data.forget, data.retain, data.limit, config.seed, tokenizer, passage)
-    return list(sets.forget), list(sets.retain)
+    found = plan.sources.trained_on(one_kind(plan.config.data), plan.config.seed, plan.args.max_continuation_tokens) or []
+    if isinstance(found, Unpaired):
+        return list(found.forget), list(found.retain)
+    return [Text(pair.prompt, pair.rejected) for pair in found], [Text(pair.prompt, pair.chosen) for pair in found]
 
 
 def _texts_of(measured: EvaluationData) -> set[str]:
@@ -117,13 +110,6 @@ def _same(name: str, other: str) -> bool:
     return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
 
 
-def measured_data(config: RunConfig, tokenizer: Any) -> EvaluationData:
-    """What a run is measured on, but for the prompts of F1."""
-    data = dataclasses.replace(config.data, neutral=None)
-    asked = dataclasses.replace(config.evaluation, harness=[], s_unlearning=None)
-    return assembly.evaluation_data(data, asked, tokenizer)
-
-
-def measured_plan(config: RunConfig) -> EvaluationPlan:
-    """How: nothing is forced but by an attack."""
-    return dataclasses.replace(assembly.evaluation_plan(config.evaluation), ks=(0,), perplexity_modes=("exact",))
+def attacked_plan(plan: Plan) -> EvaluationPlan:
+    """How an attacked model is measured: nothing is forced but by an attack."""
+    return dataclasses.replace(plan.evaluation_plan, ks=(0,), perplexity_modes=("exact",))

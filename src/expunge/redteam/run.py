@@ -1,58 +1,62 @@
 """A red team at work: all cases on all subjects, failures among them, and the tables of what came back."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from expunge import assembly, pipeline
-from expunge.attacks import Attack, Budget
+from expunge import pipeline
+from expunge.attacks import Attack, AttackData, Budget
 from expunge.attacks.base import PARTS
-from expunge.config import RedTeamConfig, RunConfig
+from expunge.config import RedTeamConfig
 from expunge.errors import ExpungeError, is_out_of_memory
 from expunge.metrics.evaluation import check_room
 from expunge.metrics.figures import rows as figure_rows
-from expunge.models import context_length, identity_of, inner_model, known_of, load_model
+from expunge.models import Description
+from expunge.plan import Plan
 from expunge.provenance import digest, peak_memory_bytes
-from expunge.redteam.cases import Bench, Case, Subject, title
-from expunge.redteam.data import attackers_data, measured_data, measured_plan, settings_of
+from expunge.redteam.cases import Bench, Case, title
+from expunge.redteam.data import attacked_plan, attackers_data, settings_of
 from expunge.report import write_report
 from expunge.report.attacks import NONE, summary, write_attacks
 from expunge.rows import Row, write_rows
-from expunge.scorers import load_scorer
 
 log = logging.getLogger("expunge")
 
 
-def red_team(
-    config: RunConfig,
-    folder: Path,
-    model: str | Path,
-    reference: str | Path | None,
-    quiet: bool = False,
-    reference_revision: str | None = None,
-    before: Sequence[Row] = (),
-) -> list[Row]:
-    """Attack `model`, and `reference` where there is one, into `folder`: attacks.jsonl, and attacks.* as tables.
+def red_team(plan: Plan, before: Sequence[Row] = (), had: AttackData | None = None) -> list[Row]:
+    """Attack the unlearned model, and its reference where there is one: attacks.jsonl, and attacks.* as tables.
 
-    config: resolved, or with an empty `method` where that is not known. Returns the rows of results.jsonl: those of
-    `before`, then the summary. Raises ExpungeError before any work where an attack lacks what it needs, and in the end where
-    attacks failed; what the others gave is written then.
+    had: what an attacker has, worked out here if it is not given. Models are loaded where a case is missing, and released in
+    the end. Returns the rows of results.jsonl: those of `before`, then the summary. Raises ExpungeError before any work
+    where an attack lacks what it needs, and in the end where attacks failed; what the others gave is written then.
     """
+    try:
+        return _attacked(plan, before, had)
+    finally:
+        for subject in plan.subjects:
+            subject.release()
+
+
+def _attacked(plan: Plan, before: Sequence[Row], had: AttackData | None) -> list[Row]:
+    config, folder, subjects = plan.config, plan.folder, plan.subjects
     team, attacks = settings_of(config)
-    unlearned, tokenizer = _subject("unlearned", config, model, config.revision)
-    subjects = [unlearned]
-    if reference is not None:
-        subjects.insert(0, _subject("reference", config, reference, reference_revision)[0])
-    every = [one for several in attacks.values() for one in several]
-    bench = _bench(config, team, folder, subjects, tokenizer, every, quiet)
+    variants: dict[str, Sequence[Attack | None]] = {NONE: [None], **attacks}
+    every = [(name, one) for name, several in variants.items() for one in several]
+    budget = _budget(team)
+    had = dataclasses.replace(had or attackers_data(plan, team), tokenizer=plan.unlearned.tokenizer)
+    had = _with_room(plan, had, attacks, plan.unlearned.description)
+    measured, how = plan.attacked_data, attacked_plan(plan)
+    bench = Bench(folder, plan.reference, had, budget, measured, how, plan.scorers, plan.quiet)
+    if not all(bench.has(name, one, subject) for (name, one), subject in itertools.product(every, subjects)):
+        for subject in subjects:
+            subject.loaded = merged(subject.model), subject.tokenizer
+        _check(attacks, plan.unlearned.description, plan.reference.description if plan.reference else None, had)
     common = {"stage": "attack", "run": folder.name, "model": str(config.model), "seed": config.evaluation.seed}
     rows: list[Row] = []
     seconds, failed = 0.0, []
-    variants: dict[str, Sequence[Attack | None]] = {NONE: [None], **attacks}
-    for name, attack in ((name, one) for name, several in variants.items() for one in several):
+    for name, attack in every:
         found: dict[str, Case] = {}
         for subject in subjects:
             try:
@@ -72,7 +76,7 @@ def red_team(
     results = [*before, *summarised]
     write_rows(folder / "results.jsonl", results)
     stage = {
-        "weights_sha256": {subject.name: subject.weights for subject in subjects},
+        "weights_sha256": {subject.name: subject.identity.weights for subject in subjects},
         "data_sha256": {"measured": bench.about["measured"], "had": bench.given(PARTS)[1]},
         "seconds": round(seconds, 2),  # of all cases, also those that were there
         "peak_memory_bytes": peak_memory_bytes(),
@@ -84,36 +88,58 @@ def red_team(
     return results
 
 
-def run_and_attack(config: RunConfig, folder: Path, quiet: bool = False) -> list[Row]:
-    """`pipeline.run`, and then the red team where the configuration has one: its summary ends results.jsonl."""
-    check_ahead(config)
-    rows = pipeline.run(config, folder, quiet)
-    if config.redteam is None:
-        return rows
-    config = assembly.resolve(config)
-    with pipeline.claim(folder, config):
-        try:
-            return red_team(config, folder, folder / "model", config.model, quiet, config.revision, rows)
-        finally:
-            write_report(folder)
+def run_and_attack(plan: Plan) -> list[Row]:
+    """`pipeline.run`, and then the red team where the configuration has one: its summary ends results.jsonl.
 
-
-def check_ahead(config: RunConfig) -> None:
-    """Raise an ExpungeError where the red team of a run could not begin, before there is a model to attack.
-
-    All that attacks check is checked, on what is known of the model: its configuration, and whether it is quantized.
-    Without a red team it is names and settings of attacks alone.
+    The models that were measured stay in memory for it: it needs both of them at once.
     """
-    team, attacks = settings_of(config)
-    if config.redteam is None:
-        return
+    with pipeline.dated(plan.folder):
+        had = check_ahead(plan)
+        rows = pipeline.run_plan(plan, keep=had is not None)
+        if had is None:
+            return rows
+        with pipeline.claim(plan.folder, plan.config):
+            try:
+                return red_team(plan, rows, had)
+            finally:
+                write_report(plan.folder)
+
+
+def check_ahead(plan: Plan) -> AttackData | None:
+    """What an attacker will have; None without a red team.
+
+    Raises an ExpungeError where the red team of a run could not begin, before there is a model to attack: all that attacks
+    check is checked on the description of the model that the run starts from. Without a red team it is names and settings of
+    attacks alone.
+    """
+    team, attacks = settings_of(plan.config)
+    if plan.config.redteam is None:
+        return None
     pipeline.check_one_process("attacks run in one process: train without `redteam`, and give the run to `expunge attack`")
-    config = assembly.resolve(config)
-    outline, tokenizer = assembly.outline_of(config)
-    quantized = bool(config.quantization or getattr(outline, "quantization_config", None))
-    model = SimpleNamespace(config=outline, is_quantized=quantized)
-    subjects = [Subject(name, model, "", shared=False) for name in ("reference", "unlearned")]
-    _bench(config, team, Path(), subjects, tokenizer, [one for several in attacks.values() for one in several], quiet=True)
+    _budget(team)
+    start, had = plan.start.description, attackers_data(plan, team)
+    _check(attacks, start, start, _with_room(plan, had, attacks, start))
+    return had
+
+
+def _budget(team: RedTeamConfig) -> Budget:
+    return Budget(team.steps, team.queries, team.seconds, team.utility_bound)
+
+
+def _with_room(plan: Plan, had: AttackData, attacks: Mapping[str, Sequence[Attack]], victim: Description) -> AttackData:
+    """`had` with how many tokens the victim's context leaves. Raises ExpungeError where an attack adds more to a prompt."""
+    added = max((attack.adds for attack in itertools.chain(*attacks.values())), default=0)
+    longer = dataclasses.replace(attacked_plan(plan), suffix=(0,) * added)
+    room = added + check_room(plan.attacked_data, longer, had.tokenizer, victim.context, victim.known)
+    return dataclasses.replace(had, room=room, known=victim.known)
+
+
+def _check(
+    attacks: Mapping[str, Sequence[Attack]], victim: Description, reference: Description | None, had: AttackData
+) -> None:
+    """Raise ExpungeError where an attack lacks what it needs."""
+    for attack in itertools.chain(*attacks.values()):
+        attack.check(victim, reference, had)
 
 
 def merged(model: Any) -> Any:
@@ -124,38 +150,6 @@ def merged(model: Any) -> Any:
     if not hasattr(model, "merge_and_unload") or getattr(model, "is_quantized", False):
         return model
     return model.float().merge_and_unload()
-
-
-def _subject(name: str, config: RunConfig, model: str | Path, revision: str | None) -> tuple[Subject, Any]:
-    """A model to attack, and its tokenizer. A reference's cases are shared."""
-    found, how = identity_of(model, revision), assembly.loading(config)
-    loaded, tokenizer = load_model(model, revision=revision, **how)
-    key = digest(found.loaded(how))
-    return Subject(name, merged(loaded), key, name == "reference", found.weights), tokenizer
-
-
-def _bench(
-    config: RunConfig,
-    team: RedTeamConfig,
-    folder: Path,
-    subjects: Sequence[Subject],
-    tokenizer: Any,
-    attacks: Sequence[Attack],
-    quiet: bool,
-) -> Bench:
-    """Raises ExpungeError where an attack lacks what it needs, or adds more to a prompt than the context has room for."""
-    unlearned, original = subjects[-1], subjects[0] if len(subjects) > 1 else None
-    scorers = [load_scorer(name) for name in config.evaluation.scorers]
-    measured, plan = measured_data(config, tokenizer), measured_plan(config)
-    added = max((attack.adds for attack in attacks), default=0)
-    longer = dataclasses.replace(plan, suffix=(0,) * added)
-    known = known_of(inner_model(unlearned.model).config)
-    room = added + check_room(measured, longer, tokenizer, context_length(unlearned.model), known)
-    had = dataclasses.replace(attackers_data(config, team, tokenizer, scorers[0], measured), room=room, known=known)
-    for attack in attacks:
-        attack.check(unlearned.model, original.model if original else None, had)
-    budget = Budget(team.steps, team.queries, team.seconds, team.utility_bound)
-    return Bench(folder, original, had, budget, measured, plan, scorers, quiet)
 
 
 def _rows(found: Mapping[str, Case], common: Mapping[str, Any], method: str | None) -> list[Row]:

@@ -14,13 +14,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from expunge import assembly, pipeline
+from expunge import pipeline
 from expunge.config import RunConfig, load_config, merge
 from expunge.data.named import NAMED, local_file
 from expunge.errors import ExpungeError
 from expunge.harness import OURS
 from expunge.models import identity_of, is_local
 from expunge.pipeline.paths import name_parts, with_names
+from expunge.plan import Plan
 from expunge.provenance import digest
 from expunge.registry import did_you_mean
 from expunge.report.compare import name_of, words_of
@@ -32,18 +33,23 @@ ATTACKS = ("redteam", "attack")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: labels by axis, the setting that a trial tries or that was chosen, and the resolved configuration."""
+    """One run: labels by axis, the setting that a trial tries or that was chosen, and its plan, of which nothing is read."""
 
     labels: dict[str, str]
     setting: dict[str, Any]
     trial: bool
-    config: RunConfig
+    plan: Plan
+
+    @property
+    def config(self) -> RunConfig:
+        """Resolved."""
+        return self.plan.config
 
     @cached_property
     def name(self) -> str:
         """Its folder's: the labels, and a hash of them, the configuration, the method's defaults, and the content of what
         it names."""
-        config, method = self.config, assembly.build_method(self.config.method)
+        config, method = self.config, self.plan.method
         told = {key: value for key, value in asdict(config).items() if value is not None or key not in ATTACKS}
         read = with_names(told, lambda name: _content(name, config.revision) or name)
         inputs = [self.labels, self.trial, read, asdict(method)]  # type: ignore[call-overload]
@@ -89,12 +95,11 @@ class Group:
         for patch in (seed, setting, trial or {}):
             tree = merge(tree, expand(patch))
         try:
-            config = assembly.resolve(load_config(RunConfig, [], [], base=tree))
-            assembly.build_method(config.method)
-            assembly.build_training(config.training, Path("cell"), config.seed)
+            plan = Plan.of(load_config(RunConfig, [], [], base=tree), Path("cell"), quiet=True)
+            _ = plan.args
         except ExpungeError as error:
             raise ExpungeError(f"{', '.join(filter(None, [*words_of(labels), text_of(setting)]))}: {error}") from None
-        return Cell(labels, setting, trial is not None, config)
+        return Cell(labels, setting, trial is not None, plan)
 
 
 def groups_of(recipe: Recipe) -> list[Group]:

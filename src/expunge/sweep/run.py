@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expunge.config import RunConfig
 from expunge.errors import ExpungeError, Interrupted
 from expunge.pipeline import check_one_process, dated, keep_date
+from expunge.plan import Plan
 from expunge.redteam import run_and_attack
 from expunge.report.compare import Entry, headline_columns, rows_behind
 from expunge.report.tables import Table
@@ -31,13 +31,13 @@ from expunge.sweep.tables import choice_note, table_of, trials_table, write_tabl
 
 log = logging.getLogger("expunge")
 
-Runner = Callable[[RunConfig, Path, bool], Any]
+Runner = Callable[[Plan], Any]
 
 
-def run_alone(config: RunConfig, folder: Path, quiet: bool) -> None:
+def run_alone(plan: Plan) -> None:
     """A run that leaves nothing in memory, whatever becomes of it."""
     try:
-        run_and_attack(config, folder, quiet)
+        run_and_attack(plan)
     finally:
         gc.collect()
 
@@ -160,7 +160,7 @@ class Sweep:
             if place.blocked:
                 raise ExpungeError(place.blocked)
             log.info("sweep: %s", place.title)
-            runner(cell.config, self.store.run_folder(cell), True)
+            runner(cell.plan.at(self.store.run_folder(cell)))
         except Interrupted:
             raise
         except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from expunge.data import Pair, TextTruncation, Truncation, Unpaired, tokenize_pairs, tokenize_unpaired
+from expunge.data import Pair, TextTruncation, Truncation, Unpaired, load_corpus, tokenize_pairs, tokenize_unpaired
 from expunge.data.rows import PairRows, SetRows
 from expunge.errors import ExpungeError
 from expunge.ids import check_known, encode, leading_tokens
@@ -18,11 +18,14 @@ log = logging.getLogger("expunge")
 
 
 def tokenized(
-    data: Sequence[Pair] | Unpaired, args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase
+    data: Sequence[Pair] | Unpaired,
+    args: UnlearnConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    anchor_text: str | None = None,
 ) -> tuple[PairRows | SetRows, Truncation | dict[str, TextTruncation]]:
-    """`data` as rows of token ids, and what did not fit, which is said."""
+    """`data` as rows of token ids, and what did not fit, which is said. anchor_text: what `args` names, or it is read."""
     limits = (args.max_prompt_tokens, args.max_continuation_tokens)
-    anchor = _windows(args, tokenizer)
+    anchor = _windows(args, tokenizer, anchor_text)
     if isinstance(data, Unpaired):
         sides, by_side = tokenize_unpaired(data, tokenizer, *limits)
         rows, truncation = SetRows(sides, args.seed, anchor), by_side
@@ -51,13 +54,11 @@ def check_room(model: nn.Module, rows: PairRows | SetRows, tokenizer: Any = None
         )
 
 
-def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _windows(args: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[list[int]]:
     """Full windows of the anchor corpus, as token ids, each with the bos that the tokenizer puts before a text."""
     if not args.anchor_text:
         return []
-    from expunge.data import load_corpus
-
-    ids = encode(tokenizer, load_corpus(args.anchor_text))
+    ids = encode(tokenizer, load_corpus(args.anchor_text) if text is None else text)
     start = leading_tokens(tokenizer)
     size = args.anchor_tokens - len(start)
     if size < 1:

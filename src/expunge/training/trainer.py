@@ -68,6 +68,7 @@ class UnlearnTrainer(Trainer):
     Of two sets every batch has as many rows of each; an epoch is one pass over the forget set (`expunge.data.rows`).
     probe_data: (text, is it of the kind to be rid of), for methods that fit probes, which use all of it: leave out what is
     to be forgotten, as `load_probe_data(forget=...)` does.
+    anchor: the text that `anchor_text` names, which is read if it is not given.
     measure: (model, steps done) to figures by name, called as `eval_strategy` says; random state is left as it was.
     Raises ExpungeError where the loss is no longer a number: the last checkpoint stands.
     """
@@ -84,6 +85,7 @@ class UnlearnTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         measure: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
         probe_data: Sequence[tuple[str, bool]] = (),
+        anchor: str | None = None,
     ):
         refuse(model, args)
         method = method.placed(depth(model))
@@ -105,7 +107,7 @@ class UnlearnTrainer(Trainer):
         if args.max_grad_norm is None:
             args = copy.copy(args)  # the caller may use it for another method
             args.max_grad_norm = method.max_grad_norm
-        rows, self.truncation = tokenized(train_dataset, args, processing_class)
+        rows, self.truncation = tokenized(train_dataset, args, processing_class, anchor)
         self.rows = rows
         check_room(model, rows, processing_class)
         without_dropout(model)

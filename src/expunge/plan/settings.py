@@ -1,37 +1,25 @@
-"""What a configuration stands for: its method, the trainer's arguments, data to train on, and what is measured.
+"""The settings of a run: what was left open filled in, and what does not go together refused.
 
-    config = resolve(RunConfig(model="builtin", method={"name": "repo"}))
-    method, args = build_method(config.method), build_training(config.training, Path("runs/first"), config.seed)
-
-Nothing here trains, measures or writes. What does not go together raises ExpungeError, one line.
+config = resolve(RunConfig(model="builtin", method={"name": "repo"}))
+method, args = build_method(config.method), build_training(config.training, Path("runs/first"), config.seed)
 """
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-from expunge import harness, hub
+from expunge import hub
 from expunge.adapters import lora_config
 from expunge.config import DataConfig, EvaluationConfig, RunConfig, convert
-from expunge.data import Pair, Unpaired, load_corpus, load_pairs, load_probe_data, load_prompts, load_unpaired
-from expunge.data.multiple_choice import load_questions
 from expunge.errors import ExpungeError
 from expunge.methods import METHODS, Method
-from expunge.metrics.evaluation import EvaluationData, EvaluationPlan
-from expunge.metrics.s_unlearning import check_sets
-from expunge.models import is_adapter, load_outline, loading_options
-from expunge.monitor import FIGURES
+from expunge.metrics.evaluation import EvaluationPlan
+from expunge.models import is_adapter, loading_options
 from expunge.registry import UnknownName, did_you_mean
 from expunge.training import UnlearnConfig
 
-PROBE_TEXTS = 4000
-"""At most so many labelled texts, or pairs, are read for a probe."""
-
-BUILTIN_DEFAULTS = Path(__file__).parent / "assets" / "defaults.json"
+BUILTIN_DEFAULTS = Path(__file__).parent.parent / "assets" / "defaults.json"
 """Hyper-parameters tuned for the built-in model, by method; other models start from the paper's."""
 
 ANCHOR = "builtin-anchor"
@@ -41,7 +29,12 @@ ANCHOR = "builtin-anchor"
 def resolve(config: RunConfig) -> RunConfig:
     """`config` with what the user left open: neutral text under a KL, the built-in model's tuned values; no pairs beside two
     sets. Raises ExpungeError where there is nothing to train on, or where neutral text is reported on too."""
-    name, tuned = config.method.get("name", "repo"), _tuned(config)
+    return settled(config)[0]
+
+
+def settled(config: RunConfig) -> tuple[RunConfig, Method]:
+    """The same, and the method that it names."""
+    name, tuned = config.method.get("name", "repo"), tuned_values(config)
     method = {"name": name, **tuned.get("method", {}), **{k: v for k, v in config.method.items() if k != "name"}}
     made, data = build_method(method), one_kind(config.data)
     neutral = {"anchor_text": ANCHOR} if "anchor" in made.sides else {}
@@ -53,10 +46,10 @@ def resolve(config: RunConfig) -> RunConfig:
             f"training.anchor_text={training['anchor_text']}: it is reported on too, so perplexity or F1 would be held "
             "where it is measured; name other text, or null"
         )
-    return dataclasses.replace(config, method=method, training=training, data=data)
+    return dataclasses.replace(config, method=method, training=training, data=data), made
 
 
-def _tuned(config: RunConfig) -> dict[str, dict[str, Any]]:
+def tuned_values(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The built-in model's tuned values for the method, by section; of other models none."""
     if config.model != "builtin":
         return {}
@@ -85,25 +78,6 @@ def build_method(settings: dict[str, Any]) -> Method:
     return cls(**_checked(cls, settings, "method"))
 
 
-def explained(config: RunConfig, outline: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every field of the method as it is in a model of this depth; and of what was left open what it is, whether that is
-    the paper's, scaled to the depth, or ours, and why. Raises ExpungeError for blocks that are not there."""
-    resolved, depth = resolve(config), outline.get_text_config().num_hidden_layers
-    method = build_method(resolved.method)
-    fields = {"name": resolved.method["name"], **dataclasses.asdict(method.placed(depth))}  # type: ignore[call-overload]
-    given = {"method": config.method, "training": config.training}
-    anchor = {"training.anchor_text": f"{ANCHOR} (ours: neutral text under the KL)"}
-    return fields, (anchor if resolved.training.get("anchor_text") == ANCHOR else {}) | {
-        f"{section}.{name}": f"{value} (ours: tuned for the built-in model)"
-        for section, values in _tuned(config).items()
-        for name, value in values.items()
-        if name not in given[section]
-    } | {
-        f"method.{name}": f"{default.value} ({default.source}: {default.why})"
-        for name, default in method.left_open(depth).items()
-    }
-
-
 def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: bool = False) -> UnlearnConfig:
     """UnlearnConfig with `settings`; checkpoints go to `folder`."""
     values = _checked(UnlearnConfig, settings, "training")
@@ -117,10 +91,18 @@ def build_training(settings: dict[str, Any], folder: Path, seed: int, quiet: boo
     return args
 
 
-def check_model(config: RunConfig) -> None:
-    """Raise ExpungeError, before any weight is read, for settings of the model that do not go together."""
+def texts_of(data: DataConfig) -> list[str]:
+    """The texts that perplexity is reported on, by name."""
+    return [*([data.corpus] if data.corpus else []), *data.corpora]
+
+
+def check_model(config: RunConfig, trains: bool) -> None:
+    """Raise ExpungeError, before any weight is read, for settings of the model that do not go together.
+
+    trains: does the method train, or is it fitted and applied?
+    """
     merged = lora_of(config)[1]
-    if config.lora is not None and build_method(config.method).applied:
+    if config.lora is not None and not trains:
         raise ExpungeError(f"lora: {config.method['name']} trains nothing, an adapter least of all; leave it out")
     loading_options(config.dtype or "float32", config.attn_implementation, config.quantization, config.trust_remote_code)
     if config.quantization and config.lora is None:
@@ -160,41 +142,13 @@ def loading(config: RunConfig) -> dict[str, Any]:
     return {"dtype": config.dtype or "float32", **{name: getattr(config, name) for name in names}}
 
 
-def monitor_data(config: RunConfig, args: UnlearnConfig, tokenizer: Any) -> EvaluationData | None:
-    """What is measured in the midst of training; None without `training.eval_strategy`.
-
-    Raises ExpungeError for a set that is reported too: what is stopped or chosen by it would flatter the report.
-    """
-    if args.eval_strategy == "no":
-        return None
-    monitor = config.monitor
-    check_unreported(config, "prompts", "corpus")
-    best = args.metric_for_best_model
-    if best and best.removeprefix("eval_") not in FIGURES:
-        raise ExpungeError(f"training.metric_for_best_model={best!r}: not measured{did_you_mean(best, FIGURES)}")
-    if not (monitor.prompts or monitor.corpus):
-        raise ExpungeError("training.eval_strategy: nothing to measure; give monitor.prompts, monitor.corpus or both")
-    prompts = load_prompts(monitor.prompts, monitor.limit, tokenizer) if monitor.prompts else []
-    return EvaluationData(
-        challenge={monitor.prompts: [prompt.text for prompt in prompts]} if monitor.prompts else {},
-        corpora={monitor.corpus: load_corpus(monitor.corpus)} if monitor.corpus else {},
-    )
-
-
 def check_unreported(config: RunConfig, *keys: str) -> None:
+    """Raise ExpungeError for a set of `config.monitor` that is reported too: a choice by it would flatter the report."""
     data = config.data
     reported = {"prompts": [*data.prompts, data.neutral], "corpus": [*texts_of(data), data.neutral, data.heldout]}
     for key in keys:
         if (name := getattr(config.monitor, key)) is not None and name in reported[key]:
             raise ExpungeError(f"monitor.{key}={name}: it is reported too; measure other text in the midst of training")
-
-
-def steps_of(args: UnlearnConfig, rows: int) -> int:
-    """Optimizer steps on one device, over so many pairs or texts to forget."""
-    if args.max_steps > 0:
-        return args.max_steps
-    a_pass = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
-    return math.ceil(args.num_train_epochs * a_pass)
 
 
 def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any]:
@@ -210,59 +164,8 @@ def _checked(cls: type, settings: dict[str, Any], section: str) -> dict[str, Any
     }
 
 
-def outline_of(config: RunConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of the model that is trained."""
-    return load_outline(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-
-
-def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, args: UnlearnConfig) -> list[Pair] | Unpaired:
-    """What is trained on; empty where none is given to a method that needs none. ExpungeError where it does not take it."""
-    data = config.data
-    method = build_method(config.method)
-    if method.data == "none" and data.train is None and data.forget is None:
-        return []
-    method.check_data(paired=data.train is not None)
-    if data.train is not None:
-        return load_pairs(data.train, limit=data.limit, seed=config.seed, tokenizer=tokenizer)
-    passage = args.max_continuation_tokens
-    return load_unpaired(data.forget, data.retain, data.limit, config.seed, tokenizer, passage)  # type: ignore[arg-type]
-
-
-def probe_data(config: RunConfig, data: list[Pair] | Unpaired) -> list[tuple[str, bool]]:
-    """Labelled texts for a method that fits probes, none of which is to be forgotten; none for other methods."""
-    if not build_method(config.method).labelled:
-        return []
-    if isinstance(data, Unpaired):
-        forget = [text.prompt + text.completion for text in data.forget]
-    else:
-        forget = [pair.prompt + pair.rejected for pair in data]
-    return load_probe_data(config.data.probe, PROBE_TEXTS, config.seed, forget)
-
-
-def texts_of(data: DataConfig) -> list[str]:
-    """The texts that perplexity is reported on, by name."""
-    return [*([data.corpus] if data.corpus else []), *data.corpora]
-
-
-def evaluation_data(data: DataConfig, plan: EvaluationConfig, tokenizer: Any = None) -> EvaluationData:
-    """The text that a model is measured on; conversations are rendered by the tokenizer's chat template.
-
-    Raises ExpungeError also for what `plan` asks of questions that `data` does not have, or of a harness that is not there.
-    """
-    if plan.harness:
-        harness.check_harness(plan.harness)
-    if plan.s_unlearning:
-        check_sets(plan.s_unlearning.utility, plan.s_unlearning.forget, data.questions, toxicity=bool(data.prompts))
-    return EvaluationData(
-        challenge={name: [p.text for p in load_prompts(name, plan.prompts, tokenizer)] for name in data.prompts},
-        pairs=load_pairs(data.heldout, limit=plan.heldout, tokenizer=tokenizer) if data.heldout else [],
-        neutral=load_prompts(data.neutral, plan.prompts, tokenizer) if data.neutral else [],
-        corpora={name: load_corpus(name) for name in texts_of(data)},
-        questions={name: load_questions(name, plan.questions, plan.seed, plan.shots) for name in data.questions},
-    )
-
-
 def evaluation_plan(config: EvaluationConfig) -> EvaluationPlan:
+    """How much of what is measured."""
     return EvaluationPlan(
         samples=config.samples,
         max_new_tokens=config.max_new_tokens,

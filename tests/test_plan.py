@@ -1,9 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from expunge.assembly import ANCHOR, evaluation_data, explained, resolve
-from expunge.config import DataConfig, EvaluationConfig, RunConfig, load_config
+from expunge.config import DataConfig, RunConfig, load_config
 from expunge.errors import ExpungeError
-from expunge.models import load_outline
+from expunge.plan import ANCHOR, Plan, explained, resolve
 
 
 def resolved(*overrides: str) -> RunConfig:
@@ -45,10 +46,11 @@ def test_perplexity_is_measured_on_every_text_that_is_named(tmp_path):
     data = DataConfig(
         corpus=str(tmp_path / "river.txt"), corpora=[str(tmp_path / "mill.txt")], prompts=[], heldout=None, neutral=None
     )
-    assert list(evaluation_data(data, EvaluationConfig()).corpora.values()) == ["The river is old.", "The mill is old."]
+    plan = Plan.of_models(RunConfig(data=data), tmp_path, "builtin")
+    assert list(plan.evaluation_data.corpora.values()) == ["The river is old.", "The mill is old."]
 
 
 def test_the_plan_says_where_neutral_text_comes_from():
-    outline, _ = load_outline("builtin")
-    assert explained(RunConfig(), outline)[1]["training.anchor_text"] == f"{ANCHOR} (ours: neutral text under the KL)"
-    assert "training.anchor_text" not in explained(resolved("training.anchor_text=null"), outline)[1]
+    told = explained(Plan.of(RunConfig(), Path("out")))[1]
+    assert told["training.anchor_text"] == f"{ANCHOR} (ours: neutral text under the KL)"
+    assert "training.anchor_text" not in explained(Plan.of(resolved("training.anchor_text=null"), Path("out")))[1]
