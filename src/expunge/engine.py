@@ -138,7 +138,7 @@ class Step:
 
     def float32(self) -> AbstractContextManager:
         """Compute in the dtype of the tensors, whatever autocast says: a discriminator averages and decides in fp32."""
-        return torch.autocast(self._sides["retain"].ids.device.type, enabled=False)
+        return torch.autocast(self._policy.packed.ids.device.type, enabled=False)
 
     def _share(self, side: str, region: Region, segment: int = 1) -> torch.Tensor | float:
         """What multiplies a mean over this batch for `mean`; 1 where the optimizer step is this batch alone."""

@@ -3,7 +3,7 @@
     weight: NonNegative = 0.2
     top_p: Annotated[float, Range(gt=0, le=1)] = 0.9
 
-`config.convert` checks them, wherever a setting comes from; help and tables of settings print them.
+`config.convert` checks them, wherever a setting comes from.
 """
 
 import dataclasses
